@@ -1,0 +1,1 @@
+"""The conformance kit: suites a backend or a cache passes, memory twins, a byte oracle, fault tools."""
