@@ -15,6 +15,27 @@ from typing import Self
 
 from blobcache_storage.config import BackendConfig
 from blobcache_storage.device import BlobVersion, ByteRange, RangeRequest, RequestSource
+from blobcache_storage.errors import BlobChanged
+
+
+def check_expected(blob_id: str, found: BlobVersion, expect: BlobVersion | None) -> None:
+    """Compare the version an origin answered with the one expected, if any.
+
+    Versions are the same if size, kind of validator and its value are: an origin may leave out
+    Last-Modified beside an entity tag. Two answers without a validator are never the same.
+
+    Raises:
+        BlobChanged: They are not the same.
+    """
+    if expect is None:
+        return
+    same = (found.size_bytes, found.validator, found.token) == (
+        expect.size_bytes,
+        expect.validator,
+        expect.token,
+    )
+    if not same or not found.is_cacheable:
+        raise BlobChanged(f"the origin now has another version of blob '{blob_id}'")
 
 
 class FetchStream(abc.ABC):
