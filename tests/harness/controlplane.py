@@ -3,7 +3,8 @@ A Kubernetes control plane without nodes: etcd and kube-apiserver, for one test 
 
 Nothing runs here that would act on objects: no controller manager, so namespaces get no `default`
 service account and stay `Terminating` once deleted (use fresh names), owner references collect
-nothing and Deployments create no pods; no scheduler, no kubelet.
+nothing, Deployments create no pods, and the roles put together from others (view, edit, admin) are
+empty; no scheduler, no kubelet.
 """
 
 import contextlib
