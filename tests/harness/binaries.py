@@ -101,7 +101,7 @@ PROGRAMS = {
             package="k8s.io/kubernetes/cmd/kube-apiserver",
             probe=("--version",),
             accepted=r"Kubernetes {version}$",
-            minutes=6,
+            minutes=3,
         ),
         Program(
             name="kubectl",
@@ -110,7 +110,7 @@ PROGRAMS = {
             package="k8s.io/kubernetes/cmd/kubectl",
             probe=("version", "--client"),
             accepted=r"Client Version: {version}$",
-            minutes=2,
+            minutes=1,
         ),
         Program(
             name="registry",
@@ -128,7 +128,7 @@ PROGRAMS = {
             package="helm.sh/helm/v3/cmd/helm",
             probe=("version", "--short"),
             accepted=r"^v3\.",
-            minutes=2,
+            minutes=1,
         ),
     )
 }

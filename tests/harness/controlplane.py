@@ -7,7 +7,6 @@ nothing, Deployments create no pods, and the roles put together from others (vie
 empty; no scheduler, no kubelet.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -309,8 +308,13 @@ def _opener(*handlers: urllib.request.BaseHandler) -> urllib.request.OpenerDirec
 
 
 def _answers_ok(opener: urllib.request.OpenerDirector, request: urllib.request.Request) -> bool:
-    with contextlib.suppress(OSError), opener.open(request, timeout=5) as answer:
-        return bool(answer.status == 200)
+    try:
+        with opener.open(request, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except urllib.error.HTTPError as error:
+        error.close()
+    except OSError:
+        pass
     return False
 
 

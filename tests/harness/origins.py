@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ REQUEST_TIMEOUT_SECONDS = 30.0
 REGION = "us-east-1"
 EMPTY_CONFIG = b"{}"
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+
+
+class OriginError(RuntimeError):
+    """An origin did not do what the harness asked of it."""
 
 
 class _Origin:
@@ -131,6 +136,17 @@ class S3Server(_Origin):
     admin: S3Credentials
     """May do everything; what the methods here use."""
 
+    def __init__(self, folder: Path | None = None) -> None:
+        super().__init__(folder)
+        self._clients: dict[tuple[str, S3Credentials, str], Any] = {}
+
+    def stop(self) -> None:
+        """Stop the server and the proxy, and close the clients."""
+        for client in self._clients.values():
+            client.close()
+        self._clients.clear()
+        super().stop()
+
     def client(self, credentials: S3Credentials | None = None, *, service: str = "s3") -> Any:
         """Return a boto3 client that talks to the server directly and does not retry."""
         return self._client(service, credentials or self.admin, self.direct_url)
@@ -189,14 +205,10 @@ class S3Server(_Origin):
         return self.create_another_key(user)
 
     def _client(self, service: str, credentials: S3Credentials, endpoint: str) -> Any:
-        session = boto3.session.Session(
-            aws_access_key_id=credentials.access_key_id,
-            aws_secret_access_key=credentials.secret_access_key,
-            aws_session_token=credentials.session_token,
-            region_name=REGION,
-        )
-        plain = Config(retries={"total_max_attempts": 1}, s3={"addressing_style": "path"})
-        return session.client(service, endpoint_url=endpoint, config=plain)
+        key = (service, credentials, endpoint)
+        if key not in self._clients:
+            self._clients[key] = _boto_client(*key)
+        return self._clients[key]
 
 
 @dataclass(frozen=True, repr=False)
@@ -346,8 +358,31 @@ def _request(
     data: bytes | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Answer:
-    """Ask once, through no proxy; an HTTP error is raised."""
+    """
+    Ask once, through no proxy.
+
+    Raises:
+        OriginError: The answer was an error, or there was none.
+    """
     request = urllib.request.Request(url, data=data, headers=dict(headers or {}), method=method)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=REQUEST_TIMEOUT_SECONDS) as answer:
-        return Answer(answer.status, answer.headers, answer.read())
+    try:
+        with opener.open(request, timeout=REQUEST_TIMEOUT_SECONDS) as answer:
+            return Answer(answer.status, answer.headers, answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            told = error.read().decode(errors="replace")
+        raise OriginError(f"{method} {url} was answered {error.code}: {told}") from None
+    except OSError as error:
+        raise OriginError(f"{method} {url} was not answered: {error}") from error
+
+
+def _boto_client(service: str, credentials: S3Credentials, endpoint: str) -> Any:
+    session = boto3.session.Session(
+        aws_access_key_id=credentials.access_key_id,
+        aws_secret_access_key=credentials.secret_access_key,
+        aws_session_token=credentials.session_token,
+        region_name=REGION,
+    )
+    plain = Config(retries={"total_max_attempts": 1}, s3={"addressing_style": "path"})
+    return session.client(service, endpoint_url=endpoint, config=plain)

@@ -36,7 +36,7 @@ class Exchange:
     range: str | None
     """The `Range` header."""
     status: int | None
-    """None until the origin answered; 502 when it could not be reached."""
+    """None until the origin answered; 502 when it did not."""
     body_bytes: int
     """Body bytes passed to the client."""
 
@@ -143,7 +143,7 @@ class CountingProxy:
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
             skip_auto_headers=_ADDED_BY_CLIENT,
         )
         self._runner = web.ServerRunner(web.Server(self._handle), shutdown_timeout=1.0)
@@ -164,9 +164,9 @@ class CountingProxy:
             async with self._ask(request) as answer:
                 self._note(number, status=answer.status)
                 return await self._pass_on(number, request, answer)
-        except aiohttp.ClientConnectorError as error:
+        except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError) as error:
             self._note(number, status=502)
-            return web.Response(status=502, text=f"The origin cannot be reached: {error}")
+            return web.Response(status=502, text=f"The origin did not answer: {error}")
 
     @asynccontextmanager
     async def _ask(self, request: web.BaseRequest) -> AsyncIterator[aiohttp.ClientResponse]:

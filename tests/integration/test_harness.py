@@ -292,6 +292,9 @@ class TestS3Server:
         reader = s3_server.counted_client(s3_server.create_reader(name, [name]))
         answer = reader.get_object(Bucket=name, Key="models/a b+c.bin", Range="bytes=100-200099")
         assert answer["Body"].read() == data[100:200_100]
+        head = reader.head_object(Bucket=name, Key="models/a b+c.bin")
+        assert head["ContentLength"] == len(data)
+        assert s3_server.requests.count(method="HEAD", path_prefix=f"/{name}/") == 1
         [seen] = s3_server.requests.exchanges(method="GET", path_prefix=f"/{name}/")
         assert (seen.status, seen.range, seen.body_bytes) == (206, "bytes=100-200099", 200_000)
 
