@@ -129,6 +129,8 @@ class TestChild:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as parent:
             assert parent.stdout is not None
             pid = int(parent.stdout.readline())
+            log = tmp_path / "log"
+            assert poll_until(lambda: "deaf" in log.read_text(), timeout=20)
             assert not has_ended(pid)
             parent.kill()
         assert poll_until(lambda: has_ended(pid), timeout=10)
