@@ -1,0 +1,187 @@
+"""Bounded threads and bounded memory: what all managers of a process share."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+from blobcache_storage.errors import CacheBusy
+
+T = TypeVar("T")
+
+_Job = Callable[[], None]
+
+
+class WorkerPool:
+    """At most `threads_max` threads which end after `idle_seconds` without work.
+
+    Unlike `ThreadPoolExecutor` it gives threads back, as Nydus's flusher does. `run` belongs to
+    one event loop's thread. Jobs are bounded by those who submit them (one write and one sync per
+    file, one read per reader), so the queue has no bound of its own.
+    """
+
+    def __init__(self, name: str, threads_max: int, *, idle_seconds: float = 10.0) -> None:
+        self._name = name
+        self._threads_max = threads_max
+        self._idle_seconds = idle_seconds
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._threads: set[threading.Thread] = set()
+        self._pending = 0
+        self._closed = False
+
+    @property
+    def thread_count(self) -> int:
+        """Threads now alive."""
+        return len(self._threads)
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Run a blocking function in a thread and return what it returns.
+
+        A caller that is cancelled leaves the function running: what it touches must stay open
+        until `run` was seen to end; shield it where that matters.
+        """
+        assert not self._closed, f"the pool '{self._name}' is closed"
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def deliver(result: T | None, error: BaseException | None) -> None:
+            self._pending -= 1
+            if future.cancelled():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]
+
+        def job() -> None:
+            result, error = None, None
+            try:
+                result = function()
+            except BaseException as raised:  # noqa: BLE001 - it is raised in the caller
+                error = raised
+            loop.call_soon_threadsafe(deliver, result, error)
+
+        self._pending += 1
+        self._jobs.put(job)
+        self._ensure_thread()
+        return await future
+
+    def _ensure_thread(self) -> None:
+        # The set is only added to here and only discarded from by the thread itself, which looks
+        # at the queue once more after it left: so a job put before that is taken, and one put
+        # after it finds the thread gone. No job is stranded.
+        if len(self._threads) >= min(self._threads_max, self._pending):
+            return
+        thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+        self._threads.add(thread)
+        thread.start()
+
+    def _work(self) -> None:
+        while True:
+            try:
+                job = self._jobs.get(timeout=self._idle_seconds)
+            except queue.Empty:
+                self._threads.discard(threading.current_thread())
+                try:
+                    job = self._jobs.get_nowait()
+                except queue.Empty:
+                    return
+            if job is None:
+                return
+            job()
+
+    def close(self) -> None:
+        """Let threads end after the jobs already queued; blocks until they did. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        threads = list(self._threads)
+        for _ in threads:
+            self._jobs.put(None)
+        for thread in threads:
+            thread.join()
+
+
+class BufferPool:
+    """Memory for chunks on their way: a bounded number of bytes, then a bounded queue.
+
+    Belongs to one event loop; first come, first served.
+    """
+
+    def __init__(self, bytes_max: int, waiters_max: int) -> None:
+        self.bytes_max = bytes_max
+        self.used_bytes = 0
+        self._waiters_max = waiters_max
+        self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def acquire(self, length: int) -> None:
+        """Take `length` bytes, waiting in the queue if need be; `release` gives them back.
+
+        Raises:
+            CacheBusy: The queue is full too.
+        """
+        if not self._waiters and self._fits(length):
+            self.used_bytes += length
+            return
+        if len(self._waiters) >= self._waiters_max:
+            raise CacheBusy("the cache's memory for blobs on their way is used up")
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        place = (length, granted)
+        self._waiters.append(place)
+        try:
+            await granted
+        except asyncio.CancelledError:
+            if granted.done() and not granted.cancelled():
+                self.release(length)
+            else:
+                self._waiters.remove(place)
+                self._grant()
+            raise
+
+    def _fits(self, length: int) -> bool:
+        # One request larger than the pool passes when it is alone, or it would wait for ever.
+        return self.used_bytes == 0 or self.used_bytes + length <= self.bytes_max
+
+    def release(self, length: int) -> None:
+        """Give bytes back and let waiters in."""
+        assert length <= self.used_bytes, "more memory released than was acquired"
+        self.used_bytes -= length
+        self._grant()
+
+    def _grant(self) -> None:
+        while self._waiters:
+            length, granted = self._waiters[0]
+            if granted.done():
+                # Cancelled, but its task has not run yet to leave the queue itself.
+                return
+            if not self._fits(length):
+                return
+            self._waiters.popleft()
+            self.used_bytes += length
+            granted.set_result(None)
+
+
+class Throttle:
+    """A rate in bytes per second, spread over whoever asks; belongs to one event loop."""
+
+    def __init__(self, bytes_per_second: int | None) -> None:
+        self.bytes_per_second = bytes_per_second
+        self._free_at = 0.0
+
+    async def spend(self, length: int, lifted: asyncio.Event) -> None:
+        """Wait until `length` bytes may pass, or until `lifted` is set."""
+        rate = self.bytes_per_second
+        if rate is None or lifted.is_set():
+            return
+        now = asyncio.get_running_loop().time()
+        start = max(now, self._free_at)
+        self._free_at = start + length / rate
+        if start > now:
+            try:
+                await asyncio.wait_for(lifted.wait(), start - now)
+            except TimeoutError:
+                return
