@@ -21,7 +21,7 @@ demo: $(INSTALLED) ## the whole of Blobcache on this machine, shown step by step
 
 test: $(INSTALLED) ## all tests this machine can run (ARGS='-k NAME' chooses); says what it could not
 	@$(BIN)/python -m tests.harness.binaries || echo "Going on without: tests that need them say so."
-	@$(BIN)/python -m pytest -n auto --ignore=tests/faults --ignore=tests/e2e $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist loadgroup --ignore=tests/faults --ignore=tests/e2e $(ARGS)
 
 faults: $(INSTALLED) ## power cuts, full disks and lost networks
 	@$(call run-suite,faults)
