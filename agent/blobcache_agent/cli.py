@@ -56,9 +56,7 @@ put something that checks readers in front.
 def _option(flag: str, **attributes: Any) -> Callable[[_Decorated], _Decorated]:
     """Return a click option with its variable, shown in the help."""
     variable = ENV_PREFIX + flag.removeprefix("--").replace("-", "_").upper()
-    return click.option(
-        flag, envvar=variable, show_envvar=True, show_default=True, **attributes
-    )
+    return click.option(flag, envvar=variable, show_envvar=True, show_default=True, **attributes)
 
 
 def _common(listen_default: str) -> Callable[[_Decorated], _Decorated]:

@@ -5,7 +5,7 @@ The tree::
     AgentError
     ├── StartError          the process cannot start or go on: printed, exit 1
     ├── UsageError          a flag, variable or file must be changed: printed, exit 2
-    ├── StaleState          a push older than what is applied: 409
+    ├── StalePush           a push older than what was taken: 409
     ├── Refusal             one configuration cannot be used; the others are not affected
     └── ControlRefused      a control request that is not answered: an HTTP status and a reason
 """
@@ -33,6 +33,15 @@ class UsageError(AgentError):
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = tuple(problems)
+
+
+class StalePush(AgentError):
+    """A pushed state is older than the newest one taken, which `epoch` and `revision` name."""
+
+    def __init__(self, epoch: int, revision: int) -> None:
+        super().__init__(f"a state of epoch {epoch}, revision {revision} has been taken already")
+        self.epoch = epoch
+        self.revision = revision
 
 
 class Refusal(AgentError):
