@@ -290,7 +290,7 @@ def test_a_dead_agent_delays_nobody(tenant: Tenant) -> None:
             body = tenant.installation.get("bcc", "layers", tenant.namespace)
             nodes = body["status"]["nodes"]
             is_current = body["status"]["observedGeneration"] == body["metadata"]["generation"]
-            return is_current and nodes["ready"] == 2 and nodes["failed"] == 1
+            return bool(is_current and nodes["ready"] == 2 and nodes["failed"] == 1)
 
         assert poll_until(others_have_it, timeout=60)
         failures = tenant.installation.get("bcc", "layers", tenant.namespace)["status"]["nodes"][
