@@ -44,22 +44,14 @@ class CredentialsProblem:
 class _KeySet(Enum):
     """Sets of keys: what must be there, and what may be."""
 
-    _value_: tuple[tuple[str, ...], tuple[str, ...]]
-
     ACCESS_KEY = (("accessKeyID", "secretAccessKey"), ("sessionToken",))
     BASIC = (("username", "password"), ())
     TOKEN = (("token",), ())
     DOCKER_CONFIG = ((DOCKER_CONFIG_KEY,), ())
 
-    @property
-    def required(self) -> tuple[str, ...]:
-        """Keys that must be there."""
-        return self.value[0]
-
-    @property
-    def known(self) -> tuple[str, ...]:
-        """Keys of this set."""
-        return self.value[0] + self.value[1]
+    def __init__(self, required: tuple[str, ...], optional: tuple[str, ...]) -> None:
+        self.required = required
+        self.known = required + optional
 
 
 _PERMITTED = {

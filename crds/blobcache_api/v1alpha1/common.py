@@ -139,11 +139,6 @@ Message = Annotated[str, Field(max_length=1024)]
 
 BLOB_ID_BYTES_MAX = 1024
 
-_BLOB_ID_CEL = (
-    f"bytes(self).size() <= {BLOB_ID_BYTES_MAX} && !self.matches('(^|/)[.]{{0,2}}(/|$)') && "
-    "!self.matches('[[:cntrl:]]')"
-)
-
 
 def is_blob_id(value: str) -> bool:
     """Whether a string may name a blob: no empty, '.' or '..' segment, no control, not too long."""
@@ -157,7 +152,10 @@ def is_blob_id(value: str) -> bool:
 
 
 BLOB_ID_RULE = Rule(
-    cel=_BLOB_ID_CEL,
+    cel=(
+        f"bytes(self).size() <= {BLOB_ID_BYTES_MAX} && "
+        "!self.matches('(^|/)[.]{0,2}(/|$)|[[:cntrl:]]')"
+    ),
     message=(
         "must be 1 to 1024 bytes without control characters and without empty, '.' or '..' segments"
     ),

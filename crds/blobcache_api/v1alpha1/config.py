@@ -8,7 +8,6 @@ from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import AfterValidator, Field, ValidationError
-from pydantic.config import JsonDict
 
 from blobcache_api.quantity import CEL_BYTES, Quantity, Rate, format_quantity
 from blobcache_api.rules import Rule, TransitionRule
@@ -39,9 +38,6 @@ BLOBS_MAX = 1000
 """Blobs in a prefetch list, and in a list of pinned ones."""
 FAILURES_MAX = 10
 PLAN_MAX = 10
-
-_DEFAULTED: JsonDict = {"default": {}}
-"""Schema extra of a section whose own fields have defaults: they show in the stored object."""
 
 
 class Readers(StrEnum):
@@ -147,7 +143,6 @@ class PrefetchSpec(Model):
     """Bytes per second that each node prefetches at most; absent means no limit."""
     blobs: Annotated[
         tuple[PrefetchBlob, ...],
-        AfterValidator(_require_unique_blobs),
         Field(
             max_length=BLOBS_MAX,
             json_schema_extra={
@@ -155,6 +150,7 @@ class PrefetchSpec(Model):
                 "x-kubernetes-list-map-keys": ["id"],
             },
         ),
+        AfterValidator(_require_unique_blobs),
     ] = ()
     """Blobs to warm, the most wanted first."""
 
@@ -170,8 +166,8 @@ class EvictionSpec(Model):
     """Percent of the capacity down to which they are evicted."""
     pinned: Annotated[
         tuple[BlobID, ...],
-        AfterValidator(_require_unique),
         Field(max_length=BLOBS_MAX, json_schema_extra={"x-kubernetes-list-type": "set"}),
+        AfterValidator(_require_unique),
     ] = ()
     """Ids of blobs that are not evicted."""
 
@@ -212,11 +208,15 @@ class BlobCacheConfigSpec(Model):
     backend: BackendSpec
     """Where the blobs live. A blob is expected never to change: a complete one is not checked
     again at its origin, so a key that was overwritten keeps its cached version until evicted."""
-    cache: CacheSpec = Field(default_factory=CacheSpec, json_schema_extra=_DEFAULTED)
+    cache: CacheSpec = Field(default_factory=CacheSpec, json_schema_extra={"default": {}})
     """How a node keeps blobs."""
     prefetch: PrefetchSpec | None = None
     """What nodes fetch before anybody asks."""
-    eviction: EvictionSpec = Field(default_factory=EvictionSpec, json_schema_extra=_DEFAULTED)
+    eviction: EvictionSpec = Field(
+        default_factory=EvictionSpec,
+        # The server checks a default by the rules before it fills in defaults of its parts.
+        json_schema_extra={"default": {"highWatermarkPercent": 90, "lowWatermarkPercent": 80}},
+    )
     """What makes room, and when."""
 
 
