@@ -97,8 +97,6 @@ async def _answer_errors(request: web.Request, handler: _Handler) -> web.StreamR
         return _error(413, "TooLarge", f"a message must be at most {STATE_SIZE_BYTES_MAX} bytes")
     except web.HTTPException as error:
         return _error(error.status, "NotServed", "there is no such path or method here")
-    except (TimeoutError, ConnectionError):
-        return _error(408, "TooSlow", f"a message must arrive in {BODY_TIMEOUT_SECONDS:.0f} s")
 
 
 @web.middleware
@@ -134,8 +132,13 @@ async def _post_evictions(request: web.Request) -> web.Response:
 
 
 async def _read(request: web.Request) -> bytes:
-    async with asyncio.timeout(BODY_TIMEOUT_SECONDS):
-        return await request.read()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_SECONDS):
+            return await request.read()
+    except (TimeoutError, ConnectionError) as error:
+        raise ControlRefused(
+            408, "TooSlow", f"a message must arrive whole within {BODY_TIMEOUT_SECONDS:.0f} s"
+        ) from error
 
 
 def _number(request: web.Request, name: str) -> int | None:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from blobcache_agent.errors import Refusal
 from blobcache_agent.settings import Permissions
+from blobcache_api.pushed_credentials import PushedCredentials
 from blobcache_api.v1alpha1.backend import (
     Addressing,
     BackendSpec,
@@ -78,6 +79,16 @@ class Resource:
         return f"{self.namespace}/{self.name}"
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A configuration as it should be, with its credentials."""
+
+    resource: Resource
+    credentials: Credentials
+    digest: str = ""
+    """What the operator calls this very content; "" without an operator."""
+
+
 def translate(resource: Resource, credentials: Credentials, permissions: Permissions) -> ConfigV2:
     """Return the engine's configuration.
 
@@ -86,6 +97,7 @@ def translate(resource: Resource, credentials: Credentials, permissions: Permiss
         credentials: `Anonymous` where the resource names no Secret, `Pending` where it does and
             the values are not here.
         permissions: What the administrator allows on this node.
+        work_dir: The cache root.
 
     Raises:
         Refusal: The configuration may not or cannot be used here.
@@ -96,7 +108,7 @@ def translate(resource: Resource, credentials: Credentials, permissions: Permiss
         id=resource.id,
         uid=resource.uid,
         backend=_backend(spec.backend, _credentials(resource, credentials, permissions)),
-        cache=_cache(spec),
+        cache=_cache(spec, work_dir),
     )
 
 
@@ -147,10 +159,20 @@ def _credentials(
     keys = _KEYS_OF.get(backend.type)
     wanted = f"must hold {keys}" if keys else "must not be named"
     raise Refusal(
-        "CredentialsInvalid",
+        "SecretKeysUnfit",
         f"Secret '{resource.namespace}/{backend.credentials_secret_ref.name}' {wanted} for a "
         f"backend of type '{backend.type.value}'",
     )
+
+
+def to_engine(pushed: PushedCredentials) -> Credentials:
+    """Return pushed or resolved credentials as the engine knows them."""
+    if pushed.access_key_id is not None and pushed.secret_access_key is not None:
+        return AccessKey(pushed.access_key_id, pushed.secret_access_key, pushed.session_token)
+    if pushed.username is not None and pushed.password is not None:
+        return BasicAuth(pushed.username, pushed.password)
+    assert pushed.token is not None, "the model permits exactly one complete set"
+    return BearerToken(pushed.token)
 
 
 def _backend(spec: BackendSpec, credentials: Credentials) -> BackendConfig:
@@ -222,9 +244,10 @@ def _localfs(spec: LocalFSBackend) -> LocalFSConfig:
     return LocalFSConfig(directory=spec.directory)
 
 
-def _cache(spec: BlobCacheConfigSpec) -> CacheConfig:
+def _cache(spec: BlobCacheConfigSpec, work_dir: str) -> CacheConfig:
     return CacheConfig(
         type=_CACHE_TYPES[spec.cache.type],
+        work_dir=work_dir,
         chunk_size_bytes=spec.cache.chunk_size,
         capacity_bytes=spec.cache.capacity,
         validate=spec.cache.validate_blobs,
