@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from tests.unit.factory.fakes import with_cache
 
 from blobcache_storage.backend.base import BlobBackend
 from blobcache_storage.cache.root import CacheRoot
@@ -16,7 +17,6 @@ from blobcache_storage.device import BlobInfo
 from blobcache_storage.errors import CacheError, ConfigError
 from blobcache_storage.factory import BlobFactory
 from blobcache_storage.testing.memory_backend import MemoryBackend
-from tests.unit.factory.fakes import with_cache
 
 
 def open_memory(config: BackendConfig, *, environment: object) -> BlobBackend:
@@ -26,7 +26,7 @@ def open_memory(config: BackendConfig, *, environment: object) -> BlobBackend:
 
 def new_factory(runtime: StorageRuntime) -> BlobFactory:
     """Make the real factory, but for its origins."""
-    return BlobFactory(runtime, cast(Any, None), open_backend=open_memory)
+    return BlobFactory(runtime, cast("Any", None), open_backend=open_memory)
 
 
 async def test_one_path_is_one_root(runtime: StorageRuntime, tmp_path: Path) -> None:
