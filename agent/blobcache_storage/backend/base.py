@@ -38,6 +38,20 @@ def check_expected(blob_id: str, found: BlobVersion, expect: BlobVersion | None)
         raise BlobChanged(f"the origin now has another version of blob '{blob_id}'")
 
 
+def resolve_span(request: RangeRequest, size_bytes: int) -> ByteRange:
+    """Return the bytes a fetch yields of a blob of `size_bytes`.
+
+    As `RangeRequest.resolve`, but a fetch from offset 0 of an empty blob yields its no bytes: a
+    cache learns of a blob by such a fetch, and that an empty one exists must come out.
+
+    Raises:
+        RangeNotSatisfiable: The range begins at or beyond the blob's end.
+    """
+    if size_bytes == 0 and request.first == 0:
+        return ByteRange(0, 0)
+    return request.resolve(size_bytes)
+
+
 class FetchStream(abc.ABC):
     """The answer to one fetch: its head is known, its body is read once, in order.
 
@@ -58,6 +72,9 @@ class FetchStream(abc.ABC):
             BackendError: The body broke off, was too long, or stalled. Pieces already yielded
                 are the origin's; the caller may go on from there with another fetch.
         """
+
+    def promote(self) -> None:  # noqa: B027 a stream without a throttle has nothing to lift
+        """Treat the rest of the body as a reader's: a read joined this prefetch."""
 
     @abc.abstractmethod
     async def aclose(self) -> None:
@@ -99,7 +116,8 @@ class BlobBackend(abc.ABC):
 
         Raises:
             BlobChanged: The origin has another version than `expect`.
-            RangeNotSatisfiable: No byte of the range exists.
+            RangeNotSatisfiable: No byte of the range exists (`resolve_span`: a fetch from
+                offset 0 of an empty blob succeeds with an empty span).
             BlobNotFound, OriginDenied, …: see `errors`.
         """
 

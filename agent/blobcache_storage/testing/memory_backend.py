@@ -10,7 +10,12 @@ from dataclasses import dataclass, field
 
 from typing_extensions import override
 
-from blobcache_storage.backend.base import BlobBackend, FetchStream, check_expected
+from blobcache_storage.backend.base import (
+    BlobBackend,
+    FetchStream,
+    check_expected,
+    resolve_span,
+)
 from blobcache_storage.backend.blob_id import canonical_digest, check_path_id
 from blobcache_storage.config import BackendConfig
 from blobcache_storage.credentials import Pending
@@ -85,6 +90,7 @@ class MemoryStream(FetchStream):
         self._fault = fault
         self._body: AsyncGenerator[bytes, None] | None = None
         self.closed = False
+        self.promoted = False
         backend.open_streams += 1
 
     @override
@@ -92,6 +98,10 @@ class MemoryStream(FetchStream):
         if self._body is None:
             self._body = self._pieces()
         return self._body
+
+    @override
+    def promote(self) -> None:
+        self.promoted = True
 
     async def _pieces(self) -> AsyncGenerator[bytes, None]:
         fault, sent = self._fault, 0
@@ -242,7 +252,7 @@ class MemoryBackend(BlobBackend):
         self.fetches.append(FetchRecord(blob_id, request, expect, source))
         stored = await self._head(blob_id, fault)
         check_expected(blob_id, stored.version, expect)
-        span = request.resolve(stored.version.size_bytes)
+        span = resolve_span(request, stored.version.size_bytes)
         if fault.whole and span.start == 0:
             span = ByteRange(0, stored.version.size_bytes)
         return MemoryStream(self, stored, span, fault)
