@@ -10,28 +10,38 @@ HEADERS_MAX = 64
 """Header lines of a request."""
 BLOB_ID_BYTES_MAX = 1024
 """UTF-8 bytes of a blob id after decoding."""
-CONFIG_NAME_BYTES_MAX = 63
-"""Bytes of a namespace and of a configuration's name."""
+INPUT_BYTES_PER_RECEIVE = 16 * 1024
+"""One read from a socket; with HEAD_BYTES_MAX it bounds what a connection holds unread."""
+LINGER_BYTES_MAX = 256 * 1024
+"""Discarded from a reader who goes on sending after the server has said its last word."""
+SWEEPS_PER_TIMEOUT = 4
+"""A time-out is noticed after at most a quarter more than its length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a deployment or a test may set differently."""
+    """What a deployment or a test may set differently.
+
+    What all connections hold in this process is bounded by `connections_max` times the sum of
+    HEAD_BYTES_MAX, INPUT_BYTES_PER_RECEIVE and `write_buffer_bytes`.
+    """
 
     connections_max: int = 4096
     """Connections served at a time; one more gets 503 and is closed."""
     connections_refusing_max: int = 256
     """Surplus connections being told so at a time; beyond that they are just closed."""
     head_timeout_seconds: float = 10.0
-    """From a request's first byte (or from the connection) to the end of its head."""
+    """From a connection's opening or a request's first byte to the end of the request's head."""
     idle_timeout_seconds: float = 75.0
     """Keep-alive without a request."""
     progress_timeout_seconds: float = 60.0
-    """Without one byte taken by the reader while there are bytes to send."""
-    write_buffer_bytes: int = 128 * 1024
-    """High water of one connection's write buffer, in which it may stay; the low is a quarter."""
-    write_buffer_total_bytes: int = 64 * 1024 * 1024
-    """Of all connections together; above, the read buffers' pieces wait for room."""
+    """Without one byte acknowledged by the reader while there are bytes to send."""
+    half_close_grace_seconds: float = 2.0
+    """For the head of an answer to a reader who shut its side: most likely it is gone."""
+    linger_seconds: float = 2.0
+    """From the server's last word on a connection to its end."""
+    write_buffer_bytes: int = 16 * 1024
+    """What one connection holds of a body that its reader does not take yet."""
     file_threads: int = 8
     """Threads for file bytes that are not in the page cache."""
 
@@ -39,4 +49,17 @@ class Limits:
         """Refuse limits that would stop all service."""
         assert self.connections_max >= 1
         assert self.file_threads >= 1
-        assert self.write_buffer_total_bytes >= self.write_buffer_bytes >= 4096
+        assert self.write_buffer_bytes >= 1
+        assert self.sweep_seconds > 0
+
+    @property
+    def sweep_seconds(self) -> float:
+        """How often connections are looked at; at most every second's time-out is missed by 1/4."""
+        shortest = min(
+            self.head_timeout_seconds,
+            self.idle_timeout_seconds,
+            self.progress_timeout_seconds,
+            self.half_close_grace_seconds,
+            self.linger_seconds,
+        )
+        return min(1.0, shortest / SWEEPS_PER_TIMEOUT)

@@ -1,0 +1,170 @@
+"""Heads and error bodies of answers; which error becomes which status."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+
+from blobcache_agent.data.catalog import Forbidden, NotReady, Unauthenticated, UnknownConfig
+from blobcache_agent.data.rejection import Rejection
+from blobcache_storage import errors
+from blobcache_storage.cache.base import CacheStatus
+from blobcache_storage.device import BlobVersion, ByteRange
+
+PHRASES = {
+    200: "OK",
+    206: "Partial Content",
+    304: "Not Modified",
+    400: "Bad Request",
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    412: "Precondition Failed",
+    413: "Content Too Large",
+    416: "Range Not Satisfiable",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    502: "Bad Gateway",
+    503: "Service Unavailable",
+    504: "Gateway Timeout",
+    505: "HTTP Version Not Supported",
+}
+RETRY_AFTER_SECONDS_DEFAULT = 1.0
+RETRY_AFTER_SECONDS_MAX = 3600
+CREDENTIALS_RETRY_AFTER_SECONDS = 5.0
+MESSAGE_CHARS_MAX = 1024
+"""Of an error's message as a reader sees it."""
+
+_ENTITY_TAG = re.compile(r'"[\x21\x23-\x7e\x80-\xff]*"')
+_FIELD_VALUE = re.compile(r"[\x20-\x7e]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as the reader sees it."""
+
+    status: int
+    reason: str
+    message: str
+    headers: str = ""
+    """More header lines, each with its line end."""
+    close: bool = False
+
+
+INTERNAL_ERROR = Failure(500, "InternalError", "an error of the cache; its log has the details")
+
+
+def failure_of(error: BaseException) -> Failure | None:
+    """Return what a reader sees of an expected error, None if nobody expected it."""
+    match error:
+        case Rejection():
+            return Failure(error.status, error.reason, error.message, error.headers, error.close)
+        case UnknownConfig():
+            return Failure(404, "UnknownConfig", "there is no such BlobCacheConfig on this node")
+        case NotReady():
+            return _unavailable(error.reason, error.message, error.retry_after_seconds)
+        case Unauthenticated():
+            return Failure(401, "Unauthenticated", error.message, "WWW-Authenticate: Bearer\r\n")
+        case Forbidden():
+            return Failure(403, "Forbidden", error.message)
+        case errors.StorageError():
+            return _storage_failure(error)
+    return None
+
+
+def _storage_failure(error: errors.StorageError) -> Failure | None:
+    """The engine's errors; their messages hold no secret by contract."""
+    message = str(error)
+    match error:
+        case errors.InvalidBlobId() | errors.BlobNotFound():
+            status = 404
+        case errors.OriginDenied():
+            status = 403
+        case errors.RangeNotSatisfiable():
+            unsatisfied = f"Content-Range: bytes */{error.size_bytes}\r\n"
+            return Failure(416, error.reason, message, unsatisfied)
+        case errors.CacheBusy():
+            return _unavailable(error.reason, message, error.retry_after_seconds)
+        case errors.OriginThrottled() | errors.CircuitOpen():
+            return _unavailable(error.reason, message, error.retry_after_seconds)
+        case errors.CredentialsPending():
+            return _unavailable(error.reason, message, CREDENTIALS_RETRY_AFTER_SECONDS)
+        case errors.CacheError() | errors.ConfigError():
+            return _unavailable(error.reason, message, None)
+        case errors.OriginTimeout():
+            status = 504
+        case errors.BackendError() | errors.BlobChanged() | errors.DigestMismatch():
+            status = 502
+        case _:
+            return None
+    return Failure(status, error.reason, message)
+
+
+def _unavailable(reason: str, message: str, retry_after_seconds: float | None) -> Failure:
+    """Return a 503 that says when to come back: whole seconds, at least one, at most an hour."""
+    seconds = RETRY_AFTER_SECONDS_DEFAULT if retry_after_seconds is None else retry_after_seconds
+    whole = min(max(math.ceil(seconds), 1), RETRY_AFTER_SECONDS_MAX)
+    return Failure(503, reason, message, f"Retry-After: {whole}\r\n")
+
+
+def error_response(failure: Failure, *, date: str, connection: str) -> tuple[bytes, bytes]:
+    """Return head and JSON body.
+
+    Args:
+        failure: What to say.
+        date: The Date header.
+        connection: A Connection header line with its line end, or "".
+    """
+    document = {"code": failure.reason, "message": failure.message[:MESSAGE_CHARS_MAX]}
+    body = json.dumps(document).encode("ascii") + b"\n"
+    head = (
+        f"HTTP/1.1 {failure.status} {PHRASES[failure.status]}\r\n"
+        f"Date: {date}\r\n"
+        "Content-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n"
+        "Cache-Control: no-store\r\n"
+        f"{failure.headers}{connection}\r\n"
+    )
+    return head.encode("latin-1"), body
+
+
+def blob_head(
+    status: int,
+    version: BlobVersion,
+    cache_status: CacheStatus,
+    span: ByteRange | None,
+    *,
+    date: str,
+    connection: str,
+) -> bytes:
+    """Return the head of a 200, 206, 304 or 412.
+
+    Args:
+        status: One of those.
+        version: The blob's version.
+        cache_status: How it was found.
+        span: The bytes that follow (for HEAD: would follow); None for 304 and 412.
+        date: The Date header.
+        connection: A Connection header line with its line end, or "".
+    """
+    lines = f"HTTP/1.1 {status} {PHRASES[status]}\r\nDate: {date}\r\n"
+    # What an origin sent is checked once more before it becomes our header line.
+    if version.etag is not None and _ENTITY_TAG.fullmatch(version.etag):
+        lines += f"ETag: {version.etag}\r\n"
+    if version.last_modified is not None and _FIELD_VALUE.fullmatch(version.last_modified):
+        lines += f"Last-Modified: {version.last_modified}\r\n"
+    if span is not None:
+        lines += f"Content-Type: application/octet-stream\r\nContent-Length: {span.length}\r\n"
+    elif status == 412:
+        lines += "Content-Length: 0\r\n"
+    if status == 206:
+        assert span is not None
+        lines += f"Content-Range: bytes {span.start}-{span.end - 1}/{version.size_bytes}\r\n"
+    lines += (
+        f"Accept-Ranges: bytes\r\nCache-Status: blobcache; {cache_status.value}\r\n{connection}\r\n"
+    )
+    return lines.encode("latin-1")
