@@ -18,10 +18,12 @@ import contextlib
 import dataclasses
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from blobcache_storage.backend.base import BlobBackend
+from blobcache_storage.backend.open import BackendEnvironment, open_backend
 from blobcache_storage.cache.base import BlobCache, BlobCacheMgr
 from blobcache_storage.cache.root import CacheRoot
 from blobcache_storage.cache.runtime import StorageRuntime
@@ -37,9 +39,6 @@ from blobcache_storage.config import (
 )
 from blobcache_storage.device import BlobInfo
 from blobcache_storage.errors import CacheBusy, CacheError, ConfigError
-
-if TYPE_CHECKING:
-    from blobcache_storage.backend.open import BackendEnvironment
 
 CHECK_INTERVAL_SECONDS: Final = 5.0
 """How often managers look after themselves; Nydus's."""
@@ -129,7 +128,8 @@ class BlobFactory:
 
     Args:
         runtime: Threads and memory which all managers share; the caller closes it after `close`.
-        environment: What backends need of the process: permitted addresses, local folders.
+        environment: What the administrator permits to backends.
+        environment_of: The same for one configuration, where permissions differ by tenant.
         open_backend: Makes backends; tests put others here.
     """
 
@@ -138,12 +138,12 @@ class BlobFactory:
         runtime: StorageRuntime,
         environment: BackendEnvironment,
         *,
-        open_backend: OpenBackend | None = None,
+        environment_of: Callable[[ConfigV2], BackendEnvironment] | None = None,
+        open_backend: OpenBackend = open_backend,
     ) -> None:
         self._runtime = runtime
         self._environment = environment
-        if open_backend is None:
-            from blobcache_storage.backend.open import open_backend
+        self._environment_of = environment_of or (lambda config: environment)
         self._open_backend = open_backend
         self._managed: dict[ManagerKey, _Managed] = {}
         self._roots: dict[str, asyncio.Task[CacheRoot]] = {}
@@ -271,21 +271,21 @@ class BlobFactory:
             except Exception:
                 _log.exception("Cache manager's check failed", extra={"config_id": key.id})
 
-    def new_backend(self, config: BackendConfig, blob_id: str) -> BlobBackend:
+    def new_backend(
+        self, config: BackendConfig, blob_id: str, *, environment: BackendEnvironment | None = None
+    ) -> BlobBackend:
         """Return a backend of its own.
 
         Args:
             config: oss, s3, registry, http-proxy or localfs.
-            blob_id: The blob it is opened for, for the sake of messages only.
+            blob_id: The blob it is opened for; as Nydus's interface has it, for the log only.
+            environment: What it is permitted; the factory's own by default.
 
         Raises:
             ConfigError: `unsupported backend type '…'`, or the section is missing or wrong.
         """
-        try:
-            return self._open_backend(config, environment=self._environment)
-        except ConfigError:
-            _log.debug("Backend could not be opened", extra={"blob_id": blob_id})
-            raise
+        _log.debug("Opening a backend", extra={"backend": config.type, "blob_id": blob_id})
+        return self._open_backend(config, environment=environment or self._environment)
 
     async def close(self) -> None:
         """End the checker and every manager, then close the roots; idempotent."""
@@ -337,7 +337,8 @@ class BlobFactory:
         if key.cache_type == FS_CACHE_TYPE:
             raise ConfigError("cache type 'fscache' is not supported yet: use 'filecache'")
         root = self._root_of(key)
-        backend = self.new_backend(config.get_backend_config(), blob_id)
+        environment = self._environment_of(config)
+        backend = self.new_backend(config.get_backend_config(), blob_id, environment=environment)
         from blobcache_storage.cache.dummycache import DummyCacheMgr
         from blobcache_storage.cache.filecache import FileCacheMgr
 

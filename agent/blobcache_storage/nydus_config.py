@@ -66,8 +66,9 @@ FILE_SIZE_BYTES_MAX: Final = 1 << 20
 BATCH_SIZE_BYTES_MAX: Final = 256 << 20
 PREFETCH_THREADS_MAX: Final = 1024
 
-NO_TIMEOUT_SECONDS: Final = 365.0 * 24 * 3600
-"""What Nydus's 0 ("no time-out") becomes: a number every timer can hold."""
+TIMEOUT_SECONDS_MAX: Final = 3600
+"""The longest a backend waits; also what Nydus's 0 ("no time-out") becomes."""
+RETRY_LIMIT_MAX: Final = 100
 
 _S3_ENDPOINT_DEFAULT: Final = "s3.amazonaws.com"
 _AUTHORITY: Final = re.compile(
@@ -367,11 +368,18 @@ def _remote(section: RemoteSection, at: str) -> dict[str, Any]:
     """Return the arguments of BackendConfig that all HTTP backends share."""
     if section.proxy.url:
         raise _Refused(f"{at}.proxy.url", "must be empty: forward proxies are not supported")
+    for name, limit in (
+        ("timeout", TIMEOUT_SECONDS_MAX),
+        ("connect_timeout", TIMEOUT_SECONDS_MAX),
+        ("retry_limit", RETRY_LIMIT_MAX),
+    ):
+        if getattr(section, name) > limit:
+            raise _Refused(f"{at}.{name}", f"must be at most {limit}")
     return {
         "ca_bundle_pem": _read_certificates(section.ca_cert_files, f"{at}.ca_cert_files"),
         "insecure_skip_verify": section.skip_verify,
-        "timeout_seconds": float(section.timeout or NO_TIMEOUT_SECONDS),
-        "connect_timeout_seconds": float(section.connect_timeout or NO_TIMEOUT_SECONDS),
+        "timeout_seconds": float(section.timeout or TIMEOUT_SECONDS_MAX),
+        "connect_timeout_seconds": float(section.connect_timeout or TIMEOUT_SECONDS_MAX),
         "retry_limit": section.retry_limit,
     }
 

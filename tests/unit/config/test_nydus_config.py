@@ -26,7 +26,7 @@ from blobcache_storage.credentials import AccessKey, Anonymous, BasicAuth, Beare
 from blobcache_storage.errors import ConfigError
 from blobcache_storage.nydus_config import (
     FILE_SIZE_BYTES_MAX,
-    NO_TIMEOUT_SECONDS,
+    TIMEOUT_SECONDS_MAX,
     load_config,
 )
 
@@ -188,7 +188,7 @@ def test_http_proxy_and_localfs() -> None:
 def test_zero_means_no_timeout() -> None:
     """For both of them."""
     backend = load(v2("registry", timeout=0, connect_timeout=0)).backend
-    assert backend.timeout_seconds == backend.connect_timeout_seconds == NO_TIMEOUT_SECONDS
+    assert backend.timeout_seconds == backend.connect_timeout_seconds == TIMEOUT_SECONDS_MAX
 
 
 def test_a_registry_token_is_a_bearer_and_user_and_password_outlive_it() -> None:
@@ -261,6 +261,8 @@ def test_absent_sections_are_asked_for_when_needed() -> None:
         ("s3", {"access_key_id": "AK"}, "backend.s3.access_key_id"),
         ("s3", {"access_key_id": "AK", "access_key_secret": "s\n"}, "backend.s3.access_key_secret"),
         ("s3", {"retry_limit": 256}, "backend.s3.retry_limit"),
+        ("s3", {"retry_limit": 101}, "backend.s3.retry_limit"),
+        ("s3", {"timeout": 3601}, "backend.s3.timeout"),
         ("s3", {"timeout": -1}, "backend.s3.timeout"),
         ("s3", {"timeout": 1.5}, "backend.s3.timeout"),
         ("s3", {"skip_verify": "yes"}, "backend.s3.skip_verify"),
