@@ -70,12 +70,6 @@ class Changes:
         self._is_closed = True
         self._moved.set()
 
-    async def watch(self) -> None:
-        """Look for changes until cancelled."""
-        while True:
-            await asyncio.sleep(WATCH_SECONDS)
-            self.look()
-
     @staticmethod
     def _has_changed(known: Mapping[str, Observation], now: Mapping[str, Observation]) -> bool:
         if known.keys() != now.keys():

@@ -15,7 +15,6 @@ import socket
 import ssl
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from blobcache_agent.errors import StartError
 from blobcache_agent.logs import get_logger
@@ -25,8 +24,8 @@ HANDSHAKES_MAX = 32
 CONNECTIONS_MAX = 64
 """The operator and its successor need two or three."""
 HANDSHAKE_TIMEOUT_SECONDS = 10.0
-POLL_SECONDS = 2.0
-"""How often the certificate files are looked at."""
+RELOAD_SECONDS = 2.0
+"""How often the certificate files should be looked at."""
 BACKLOG = 128
 _ACCEPT_PAUSE_SECONDS = 0.5
 _FILES = ("ca.crt", "tls.crt", "tls.key")
@@ -103,12 +102,6 @@ class Certificates:
         log.info("Certificates were read again")
         return True
 
-    async def watch(self) -> None:
-        """Look for changed files until cancelled."""
-        while True:
-            await asyncio.sleep(POLL_SECONDS)
-            await asyncio.to_thread(self.reload)
-
 
 def bind(address: ListenAddress, flag: str) -> socket.socket:
     """Return a listening TCP socket; every interface, both families, for an empty host.
@@ -167,18 +160,17 @@ class TLSListener:
         self._protocol_factory = protocol_factory
         self._connection_count = connection_count
         self._handshakes: set[asyncio.Task[None]] = set()
-        self._tasks: list[asyncio.Task[Any]] = []
+        self._accepting: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to accept, and to watch the certificate files."""
-        self._tasks = [
-            asyncio.create_task(self._accept(), name="control-accept"),
-            asyncio.create_task(self._certificates.watch(), name="control-certificates"),
-        ]
+        """Begin to accept."""
+        self._accepting = asyncio.create_task(self._accept(), name="control-accept")
 
     async def stop(self) -> None:
         """Accept no more and end handshakes under way; connections go on."""
-        tasks = [*self._tasks, *self._handshakes]
+        tasks = list(self._handshakes)
+        if self._accepting is not None:
+            tasks.append(self._accepting)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

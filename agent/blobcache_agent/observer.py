@@ -24,14 +24,28 @@ RESULT_ERROR = "error"
 REASON_OTHER = "Other"
 """Stands for reasons that are not in the closed set, so that the label stays bounded."""
 _OWN_REASONS = (
-    "Aborted",
     "BadRequest",
+    "BodyNotAllowed",
     "Forbidden",
+    "HeadTooLarge",
+    "InsecureTLSRefused",
     "InternalError",
+    "LocalFSRefused",
+    "MethodNotAllowed",
     "NoStateApplied",
+    "NotApplied",
+    "NotFound",
+    "PreconditionFailed",
+    "ReaderGone",
+    "ReaderKeysPending",
+    "RequestTimeout",
+    "SecretKeysUnfit",
+    "ShuttingDown",
+    "SlowReader",
     "TooManyConnections",
     "Unauthenticated",
     "UnknownConfig",
+    "VersionNotSupported",
 )
 _SERVER_ERROR = 500
 _CLIENT_ERROR = 400

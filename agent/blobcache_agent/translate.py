@@ -89,7 +89,9 @@ class Wanted:
     """What the operator calls this very content; "" without an operator."""
 
 
-def translate(resource: Resource, credentials: Credentials, permissions: Permissions) -> ConfigV2:
+def translate(
+    resource: Resource, credentials: Credentials, permissions: Permissions, work_dir: str = "."
+) -> ConfigV2:
     """Return the engine's configuration.
 
     Args:

@@ -1,0 +1,60 @@
+"""Evictions the operator asks for: each victim is checked again by who owns it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from blobcache_agent.configs import Configs
+from blobcache_agent.logs import get_logger
+from blobcache_api.agent import (
+    EvictionOutcome,
+    EvictionRequest,
+    EvictionResponse,
+    EvictionResult,
+    Victim,
+)
+from blobcache_storage.cache import base
+from blobcache_storage.cache.root import CacheRoot
+
+log = get_logger(__name__)
+
+
+async def evict(request: EvictionRequest, configs: Configs, root: CacheRoot) -> EvictionResponse:
+    """Evict victims of configurations in force and of orphans; results in the order asked."""
+    managers = {running.uid: running.manager for running in configs if running.manager}
+    by_uid: dict[str, list[int]] = defaultdict(list)
+    for index, victim in enumerate(request.victims):
+        by_uid[victim.config_uid].append(index)
+    results: dict[int, EvictionResult] = {}
+    for uid, indexes in by_uid.items():
+        asked = [_to_engine(request.victims[index]) for index in indexes]
+        manager = managers.get(uid)
+        if manager is not None:
+            found: Sequence[base.EvictionResult] = await manager.evict(asked)
+        else:
+            found = await root.evict_orphans(uid, asked)
+        for index, result in zip(indexes, found, strict=True):
+            results[index] = EvictionResult(
+                config_uid=uid,
+                blob_id=request.victims[index].blob_id,
+                outcome=EvictionOutcome(result.outcome.value),
+                bytes=result.bytes,
+            )
+    evicted = [item for item in results.values() if item.outcome is EvictionOutcome.EVICTED]
+    log.info(
+        "Evicted what the operator asked for",
+        victims=len(results),
+        evicted=len(evicted),
+        bytes=sum(item.bytes for item in evicted),
+    )
+    return EvictionResponse(results=tuple(results[index] for index in range(len(request.victims))))
+
+
+def _to_engine(victim: Victim) -> base.Victim:
+    return base.Victim(
+        blob_id=victim.blob_id,
+        version=victim.blob_version,
+        last_read_before=victim.last_read_before,
+        reason=victim.reason,
+    )
