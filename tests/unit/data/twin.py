@@ -1,4 +1,4 @@
-"""A catalogue and blobs in memory or in real files: the interfaces' twins for the server's tests."""
+"""A catalogue and blobs in memory or in real files: twins of the interfaces, for tests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ PIECE_BYTES = 300_000
 
 def content(length: int, seed: int = 7) -> bytes:
     """Return bytes without a short period, so that a shifted or repeated piece shows."""
-    block = bytes((i * i * 31 + i * seed + (i >> 8) * 131) & 0xFF for i in range(min(length, 65521)))
+    period = min(length, 65521)
+    block = bytes((i * i * 31 + i * seed + (i >> 8) * 131) & 0xFF for i in range(period))
     return (block * (length // max(1, len(block)) + 1))[:length]
 
 
