@@ -129,7 +129,7 @@ class Configs:
         self._running = after
         self.is_applied = True
         for running in leaving:
-            self._release(running)
+            await self._release(running)
         slots = asyncio.Semaphore(APPLY_AT_ONCE_MAX)
 
         async def apply(running: Running, item: Wanted) -> None:
@@ -147,22 +147,22 @@ class Configs:
             )
             manager = await self._factory.ensure_manager(config)
         except Refusal as refusal:
-            self._refuse(running, wanted, refusal)
+            await self._refuse(running, wanted, refusal)
         except StorageError as error:
-            self._refuse(running, wanted, Refusal(error.reason, str(error)))
+            await self._refuse(running, wanted, Refusal(error.reason, str(error)))
         except Exception as error:
             # One configuration that meets a bug must not keep the others from being applied.
             log.exception("Failed to apply a configuration", config=wanted.resource.id)
             why = f"the agent met an unforeseen error ({type(error).__name__}); see its log"
-            self._refuse(running, wanted, Refusal("InternalError", why))
+            await self._refuse(running, wanted, Refusal("InternalError", why))
         else:
             replaced = running.config
             running.wanted, running.config, running.manager = wanted, config, manager
             running.refusal = None
             if replaced is not None and ManagerKey.of(replaced) != ManagerKey.of(config):
-                self._factory.release_manager(replaced)
+                await self._factory.release_manager(replaced)
 
-    def _refuse(self, running: Running, wanted: Wanted, refusal: Refusal) -> None:
+    async def _refuse(self, running: Running, wanted: Wanted, refusal: Refusal) -> None:
         """Serve the configuration no longer: what it says now cannot be done, what it said
         before is not wanted any more.
         """
@@ -174,9 +174,9 @@ class Configs:
         )
         running.refusal = refusal
         running.wanted = wanted
-        self._release(running)
+        await self._release(running)
 
-    def _release(self, running: Running) -> None:
+    async def _release(self, running: Running) -> None:
         config, running.config, running.manager = running.config, None, None
         if config is not None:
-            self._factory.release_manager(config)
+            await self._factory.release_manager(config)
