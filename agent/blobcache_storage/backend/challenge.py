@@ -19,13 +19,11 @@ HEADER_CHARACTERS_MAX: Final = 8190
 CHALLENGES_MAX: Final = 16
 PARAMETERS_MAX: Final = 16
 
-_TOKEN_PATTERN: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_WORD: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _QUOTED: Final = r'"((?:[\t !#-\[\]-~]|\\[\t -~])*)"'
 _SEPARATOR: Final = re.compile(r"[ \t]*(?:,[ \t]*)+")
-_SCHEME: Final = re.compile(rf"({_TOKEN_PATTERN})(?=[ \t]*(?:,|$)|[ ]+)")
-_PARAMETER: Final = re.compile(
-    rf"({_TOKEN_PATTERN})[ \t]*=[ \t]*(?:{_QUOTED}|({_TOKEN_PATTERN}))(?=[ \t]*(?:,|$))"
-)
+_SCHEME: Final = re.compile(rf"({_WORD})(?=[ \t]*(?:,|$)|[ ]+)")
+_PARAMETER: Final = re.compile(rf"({_WORD})[ \t]*=[ \t]*(?:{_QUOTED}|({_WORD}))(?=[ \t]*(?:,|$))")
 _TOKEN68: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*(?=[ \t]*(?:,|$))")
 _ESCAPE: Final = re.compile(r"\\(.)")
 
