@@ -165,17 +165,17 @@ class _Loading:
 
     def _take_config(self, place: _Place, body: Mapping[str, Any]) -> None:
         key = (place.namespace, place.name)
-        is_well_named = self._is_well_named(place)
+        is_usable = self._is_well_named(place)
         if key in self._configs:
-            self.problems.append(f"{place}: must be given once; also in {self._configs[key][0]}")
-            return
+            self.problems.append(f"{place}: must be given once; also in {self._configs[key][0].file}")
+            is_usable = False
         wanted = {field: value for field, value in body.items() if field != "status"}
         try:
             config = BlobCacheConfig.model_validate(wanted)
         except ValidationError as error:
             self.problems += [f"{place}: {line}" for line in _field_problems(error)]
             return
-        if is_well_named:
+        if is_usable:
             self._configs[key] = (place, config)
 
     def _take_secret(self, place: _Place, body: Mapping[str, Any]) -> None:
@@ -183,7 +183,7 @@ class _Loading:
         known = len(self.problems)
         self._is_well_named(place)
         if key in self._secrets:
-            self.problems.append(f"{place}: must be given once; also in {self._secrets[key].place}")
+            self.problems.append(f"{place}: must be given once; also in {self._secrets[key].place.file}")
         self.problems += [
             f"{place}: `{str(field)[:64]}` is not a field of a Secret"
             for field in body
@@ -292,7 +292,7 @@ def _field_problems(error: ValidationError) -> Iterator[str]:
             path += f"[{part}]" if isinstance(part, int) else f".{str(part)[:64]}"
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            message = "is not a field; check its spelling and where it stands"
+            message = "is not a field; check its spelling and place"
         elif fault["type"] == "missing":
             message = "must be given"
         yield f"`{path.removeprefix('.') or '.'}` {message}"
