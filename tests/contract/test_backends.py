@@ -290,7 +290,8 @@ class TestPrivateRegistry(BackendConformance):
     pytestmark = pytest.mark.registry
 
     @pytest.fixture(scope="class")
-    def server(self) -> Iterator[RegistryServer]:
+    @classmethod
+    def server(cls) -> Iterator[RegistryServer]:
         """One registry for the class."""
         with RegistryServer({"reader": FIRST_LOGIN}) as server:
             yield server

@@ -138,10 +138,10 @@ class TokenSource:
             await self._token(repository)
             return True
         has_basic = any(c.scheme == "basic" for c in challenges)
-        if not has_basic or not isinstance(self._credentials, BasicAuth) or self._is_basic:
+        if not has_basic or not isinstance(self._credentials, BasicAuth):
             return False
         self._is_basic = True
-        return True
+        return sent != static_authorization(self._credentials)
 
     def _trusted_realm(self, challenge: Challenge) -> _Realm:
         host = host_of(self._registry)
