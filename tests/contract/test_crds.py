@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,16 @@ def plane(control_plane: ControlPlane) -> ControlPlane:
     control_plane.kubectl("apply", "-f", str(CRDS))
     names = [f"crd/{kind}.blobcache.dev" for kind in KINDS]
     control_plane.kubectl("wait", "--for=condition=Established", *names, "--timeout=30s")
+    _wait_until_explained(control_plane)
     return control_plane
+
+
+def _wait_until_explained(plane: ControlPlane) -> None:
+    """The server publishes explanations some time after a kind is established."""
+    deadline = time.monotonic() + 60
+    while any(plane.kubectl("explain", kind, check=False).returncode for kind in KINDS):
+        assert time.monotonic() < deadline, "the API server explains our kinds"
+        time.sleep(0.2)
 
 
 @pytest.fixture
