@@ -137,6 +137,8 @@ class Agent:
         self.figures = Figures(self.configs, self.root)
         await self.figures.refresh()
         self.every(FIGURES_SECONDS, self.figures.refresh)
+        # Managers have the root looked after; an agent without one has orphans all the same.
+        self.every(FIGURES_SECONDS, self.root.look_after)
 
     async def start_health(self, state_revision: Callable[[], tuple[int, int]]) -> None:
         """Serve health and metrics, if asked to."""

@@ -29,11 +29,7 @@ async def evict(request: EvictionRequest, configs: Configs, root: CacheRoot) -> 
     results: dict[int, EvictionResult] = {}
     for uid, indexes in by_uid.items():
         asked = [_to_engine(request.victims[index]) for index in indexes]
-        manager = managers.get(uid)
-        if manager is not None:
-            found: Sequence[base.EvictionResult] = await manager.evict(asked)
-        else:
-            found = await root.evict_orphans(uid, asked)
+        found = await _evict_of(uid, asked, managers.get(uid), root)
         for index, result in zip(indexes, found, strict=True):
             results[index] = EvictionResult(
                 config_uid=uid,
@@ -49,6 +45,25 @@ async def evict(request: EvictionRequest, configs: Configs, root: CacheRoot) -> 
         bytes=sum(item.bytes for item in evicted),
     )
     return EvictionResponse(results=tuple(results[index] for index in range(len(request.victims))))
+
+
+async def _evict_of(
+    uid: str, asked: Sequence[base.Victim], manager: base.BlobCacheMgr | None, root: CacheRoot
+) -> list[base.EvictionResult]:
+    """Evict victims of one configuration, from its manager or from what it left behind.
+
+    A configuration in force has orphans too, where its endpoint was changed.
+    """
+    if manager is None:
+        return await root.evict_orphans(uid, asked)
+    found = await manager.evict(asked)
+    elsewhere = (base.EvictionOutcome.UNKNOWN, base.EvictionOutcome.CHANGED)
+    missed = [index for index, result in enumerate(found) if result.outcome in elsewhere]
+    orphaned = await root.evict_orphans(uid, [asked[index] for index in missed])
+    for index, result in zip(missed, orphaned, strict=True):
+        if result.outcome not in elsewhere:
+            found[index] = result
+    return found
 
 
 def _to_engine(victim: Victim) -> base.Victim:
