@@ -325,11 +325,11 @@ def _assert_rights(plane: ControlPlane, namespace: str) -> None:
         ["create", "blobcachenodes", "-A"],
         ["patch", "blobcachenodes", *status],
         ["watch", "nodes", "-A"],
-        ["create", "events", "-n", "default"],
+        ["create", "events.events.k8s.io", "-n", "default"],
         ["update", "secrets/blobcache-ca", *own],
         ["update", "leases/blobcache-operator", *own],
         ["list", "endpointslices", *own],
-        ["get", "endpointslices/kubernetes", "-n", "default"],
+        ["list", "endpointslices", "-n", "default"],
         ["get", "deployments/blobcache-operator", *own],
         ["get", "/openid/v1/jwks"],
     ):
@@ -344,6 +344,7 @@ def _assert_rights(plane: ControlPlane, namespace: str) -> None:
         ["delete", "secrets/blobcache-ca", *own],
         ["update", "leases/another", *own],
         ["patch", "nodes", "-A"],
+        ["patch", "events.events.k8s.io", "-n", "default"],
         ["list", "pods", *own],
     ):
         assert not _can(plane, namespace, "blobcache-operator", *denied), denied

@@ -385,7 +385,7 @@ def from_resource(body: Mapping[str, Any]) -> BlobCacheConfig:
     """
     Read a BlobCacheConfig object as the API server or a YAML file has it.
 
-    A status that does not fit is the operator's own to rewrite, so it is left out, not refused.
+    The status is not read: it is the operator's own, and a bad one shall not stop the config.
 
     Raises:
         MalformedError: It is none, or a field is wrong; the message names each such field.
