@@ -61,6 +61,14 @@ class BlobRead(abc.ABC):
                 closed short, never padded.
         """
 
+    def file_span(self) -> FileSpan | None:
+        """Return the whole read as one span of a verified file, if it is all there, or None.
+
+        A short cut for hits, taken before `pieces` and instead of it: after a span was returned
+        `pieces` yields nothing more. Never waits.
+        """
+        return None
+
     @abc.abstractmethod
     async def aclose(self) -> None:
         """Release the blob; fetches nobody else waits for end. Safe to call twice."""

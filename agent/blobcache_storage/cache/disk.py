@@ -174,6 +174,10 @@ class Disk:
         """Return what `fstat` says of an open file."""
         return os.fstat(fd)
 
+    def allocated(self, fd: int) -> int:
+        """Return the bytes an open file takes on disk."""
+        return os.fstat(fd).st_blocks * BLOCK_SIZE_BYTES
+
     def free_space(self, fd: int) -> FreeSpace:
         """Return the room for unprivileged writers on the file system of an open file."""
         found = os.fstatvfs(fd)

@@ -61,7 +61,7 @@ class WorkerPool:
             result, error = None, None
             try:
                 result = function()
-            except BaseException as raised:  # noqa: BLE001 - it is raised in the caller
+            except BaseException as raised:
                 error = raised
             loop.call_soon_threadsafe(deliver, result, error)
 

@@ -17,15 +17,17 @@ are kept in memory and belong to the event loop, and only file operations run in
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
+from blobcache_storage.cache.base import EvictionResult, Victim
 from blobcache_storage.cache.budget import ConfigBudget, RootBudget, on_disk
 from blobcache_storage.cache.chunk_map import (
     HEADER_SIZE_BYTES,
@@ -44,6 +46,14 @@ from blobcache_storage.cache.index import (
     decode_index,
     encode_index,
 )
+from blobcache_storage.cache.orphans import (
+    OrphanBlob,
+    delete_folder,
+    evict_for,
+    evict_victims,
+    list_orphans,
+)
+from blobcache_storage.cache.reclaim import Reclaimer, make_room_in_root
 from blobcache_storage.cache.runtime import StorageRuntime
 from blobcache_storage.config import ConfigV2
 from blobcache_storage.device import BlobVersion
@@ -53,6 +63,7 @@ LAYOUT_NAME = "v1"
 LOCK_NAME = "LOCK"
 OWNER_NAME = "owner.json"
 OWNER_BYTES_MAX = 4096
+INDEX_INTERVAL_SECONDS = 60.0
 ORPHAN_SECONDS_MAX = 24 * 3600.0
 """How long the bytes of a configuration that nobody claims are kept."""
 
@@ -62,9 +73,28 @@ _READ_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 _FOREIGN_WRITE_BITS = 0o022
 
 
-def folder_name(uid: str) -> str:
+def folder_name(uid: str, origin: str) -> str:
     """Return the name of a configuration's folder."""
-    return hashlib.sha256(uid.encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{uid}\0{origin}".encode()).hexdigest()[:32]
+
+
+def origin_of(config: ConfigV2) -> str:
+    """Return what names a configuration's origin: all that decides which bytes an id means.
+
+    A configuration whose endpoint or bucket changes gets another folder: the bytes of the former
+    one must not be served under the new one's name, and become orphans.
+    """
+    backend = config.get_backend_config()
+    parts = (
+        backend.type,
+        backend.s3,
+        backend.oss,
+        backend.registry,
+        backend.http_proxy,
+        backend.localfs,
+        backend.insecure_skip_verify,
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def owner_of(config: ConfigV2) -> str:
@@ -145,6 +175,17 @@ class Folder:
         disk.unlink(f"{stem}.map", dir_fd=directory)
         disk.unlink(f"{stem}.data", dir_fd=directory)
 
+    def remove_directory(self) -> None:
+        """Remove the folder, which holds no blob any more (blocking)."""
+        self.close()
+        disk, layout = self.root.disk, self.root.layout_fd
+        fd = disk.open(self.name, _READ_DIRECTORY, dir_fd=layout)
+        try:
+            disk.unlink(OWNER_NAME, dir_fd=fd)
+        finally:
+            disk.close(fd)
+        disk.remove_directory(self.name, dir_fd=layout)
+
     def close(self) -> None:
         """Close the directory (blocking)."""
         with self._opening:
@@ -161,11 +202,13 @@ class CacheRoot:
         self.disk = runtime.disk
         self.budget = budget
         self.folders: dict[str, Folder] = {}
-        self.make_room_hooks: dict[str, Callable[[], None]] = {}
+        self.members: dict[str, Reclaimer] = {}
+        """By folder name: who evicts for each claimed folder."""
+        self._looking_after = False
+        self._index_saved = runtime.clock.monotonic()
         self._root_fd = -1
         self._lock_fd = -1
         self.layout_fd = -1
-        self._closed = False
 
     @classmethod
     def open(
@@ -200,10 +243,8 @@ class CacheRoot:
 
     def _claim(self, path: str) -> None:
         disk = self.disk
-        try:
+        with contextlib.suppress(FileExistsError):  # whether it may be used is checked below
             os.mkdir(path, 0o700)
-        except FileExistsError:
-            pass  # the usual case; whether it may be used is checked below
         self._root_fd = disk.open(path, _READ_DIRECTORY)
         facts = disk.facts(self._root_fd)
         if facts.st_uid != os.geteuid():
@@ -273,24 +314,81 @@ class CacheRoot:
             ConfigError: A manager has it already.
         """
         uid = owner_of(config)
-        name = folder_name(uid)
+        name = folder_name(uid, origin_of(config))
         folder = self.folders.get(name)
-        if folder is None or folder.uid != uid:
-            # A folder that does not say whose it is is a crash's: its maps prove ownership.
-            known = folder
-            folder = known or Folder(self, uid, name)
-            folder.uid = uid
-            self.folders[name] = folder
+        if folder is None:
+            folder = self.folders[name] = Folder(self, uid, name)
         if folder.claimed:
             raise ConfigError(f"the configuration '{config.id}' already has a cache manager")
-        folder.config_id = config.id
+        # A crash may have left the owner file unwritten; the name proves the owner.
+        folder.uid, folder.config_id = uid, config.id
         folder.claimed, folder.orphaned_time, folder.doomed = True, None, False
         return folder
+
+    def orphans(self) -> list[OrphanBlob]:
+        """Return every cached blob that no configuration claims."""
+        return list_orphans(self)
+
+    async def evict_orphans(self, uid: str, victims: Sequence[Victim]) -> list[EvictionResult]:
+        """Delete orphans of one configuration, if they are still what was decided on."""
+        return await evict_victims(self, uid, victims)
+
+    async def delete_config(self, uid: str) -> None:
+        """Delete all bytes of a configuration that was deleted (its tombstone); idempotent.
+
+        What a manager still claims goes as soon as it lets go.
+        """
+        for folder in [folder for folder in self.folders.values() if folder.uid == uid]:
+            if folder.claimed:
+                folder.doomed = True
+            else:
+                await delete_folder(self, folder)
+
+    async def make_room(self, length: int) -> None:
+        """Evict for `length` more bytes: orphans, then the coldest of all configurations."""
+        self.budget.observe_free(await self.runtime.flusher.run(self.observe_free))
+        await evict_for(self, length)
+        if not self.budget.has_room(length):
+            await make_room_in_root(self, list(self.members.values()), length)
+            self.budget.observe_free(await self.runtime.flusher.run(self.observe_free))
+
+    async def look_after(self) -> None:
+        """Keep the floor of free space, delete old orphans, rewrite the index when due.
+
+        Managers call it every few seconds; what is not due costs nothing.
+        """
+        if self._looking_after:
+            return
+        self._looking_after = True
+        try:
+            await self._look_after()
+        finally:
+            self._looking_after = False
+
+    async def _look_after(self) -> None:
+        runtime = self.runtime
+        self.budget.observe_free(await runtime.flusher.run(self.observe_free))
+        if self.budget.excess_bytes:
+            await self.make_room(0)
+        now = runtime.clock.time()
+        for folder in list(self.folders.values()):
+            since = folder.orphaned_time
+            is_old = since is not None and now - since >= ORPHAN_SECONDS_MAX
+            if not folder.claimed and (is_old or folder.doomed):
+                await delete_folder(self, folder)
+        if runtime.clock.monotonic() - self._index_saved >= INDEX_INTERVAL_SECONDS:
+            await self.write_index()
+
+    async def write_index(self) -> None:
+        """Rewrite the advisory index."""
+        self._index_saved = self.runtime.clock.monotonic()
+        await self.runtime.flusher.run(self.save_index())
 
     def release(self, folder: Folder) -> None:
         """Give a folder back; its blobs are orphans until its configuration returns."""
         folder.claimed = False
         folder.orphaned_time = self.runtime.clock.time()
+        self.members.pop(folder.name, None)
 
     def save_index(self) -> Callable[[], None]:
         """Return a blocking function that writes the index as of now."""
@@ -298,9 +396,7 @@ class CacheRoot:
             name: IndexedFolder(folder.orphaned_time, [_copy(e) for e in folder.entries.values()])
             for name, folder in self.folders.items()
         }
-        return lambda: _replace_file(
-            self.disk, self.layout_fd, INDEX_NAME, encode_index(folders)
-        )
+        return lambda: _replace_file(self.disk, self.layout_fd, INDEX_NAME, encode_index(folders))
 
     def observe_free(self) -> int:
         """Return the file system's free space (blocking); give it to `budget.observe_free`."""
@@ -331,9 +427,7 @@ def _copy(entry: CatalogEntry) -> CatalogEntry:
     )
 
 
-def _pair(
-    disk: Disk, fd: int, files: list[FileFacts]
-) -> dict[str, tuple[FileFacts, FileFacts]]:
+def _pair(disk: Disk, fd: int, files: list[FileFacts]) -> dict[str, tuple[FileFacts, FileFacts]]:
     """Return the data and map files that belong together; remove what has no partner."""
     found: dict[str, dict[str, FileFacts]] = {}
     for facts in files:

@@ -132,9 +132,7 @@ class StorageRuntime:
 
     def ensure_buffers(self, chunk_size_bytes: int) -> None:
         """Let the pool hold at least 8 chunks of this size."""
-        self.buffers.bytes_max = max(
-            self.buffers.bytes_max, BUFFER_CHUNKS_MIN * chunk_size_bytes
-        )
+        self.buffers.bytes_max = max(self.buffers.bytes_max, BUFFER_CHUNKS_MIN * chunk_size_bytes)
 
     async def close(self) -> None:
         """End the threads after what is queued; idempotent."""

@@ -1,0 +1,162 @@
+"""DummyCacheMgr: no cache at all; every read is the origin's answer, passed through.
+
+Nydus: `DummyCacheMgr` (storage/src/cache/dummycache.rs). Differs in that gc can reclaim it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from typing_extensions import override
+
+from blobcache_storage.backend.base import BlobBackend
+from blobcache_storage.cache.base import (
+    BlobCache,
+    BlobCacheMgr,
+    BlobRead,
+    BlobUsage,
+    CacheStatus,
+    EvictionOutcome,
+    EvictionResult,
+    ManagerStats,
+    Victim,
+)
+from blobcache_storage.cache.digest import sha256_of
+from blobcache_storage.cache.fill import Origin
+from blobcache_storage.cache.pools import BufferPool
+from blobcache_storage.cache.reading import RelayedRead
+from blobcache_storage.cache.relay import Relay
+from blobcache_storage.config import CHUNK_SIZE_BYTES_DEFAULT, ConfigV2
+from blobcache_storage.device import BlobInfo, BlobVersion, RangeRequest, RequestSource
+from blobcache_storage.errors import StorageError
+
+
+class DummyBlobCache(BlobCache):
+    """A handle on a blob that is not cached."""
+
+    def __init__(self, manager: DummyCacheMgr, info: BlobInfo) -> None:
+        self.blob_id = info.id
+        self._manager = manager
+        self._digest = info.digest
+        self._closed = False
+
+    @override
+    async def read(
+        self, request: RangeRequest, *, source: RequestSource = RequestSource.ON_DEMAND
+    ) -> BlobRead:
+        return await self._manager.read(self.blob_id, self._digest, request, source)
+
+    @override
+    async def stat(self) -> tuple[BlobVersion, CacheStatus]:
+        return await self._manager.stat(self.blob_id)
+
+    @override
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._manager.release_handle(self.blob_id)
+
+
+class DummyCacheMgr(BlobCacheMgr):
+    """Blobs of one configuration, passed through; belongs to one event loop."""
+
+    def __init__(self, config: ConfigV2, backend: BlobBackend) -> None:
+        self._backend = backend
+        self._validate = config.get_cache_config().validate
+        self._degraded: StorageError | None = None
+        self._origin = Origin(
+            backend,
+            BufferPool(0, 0),
+            config.get_backend_config().retry_limit,
+            on_failure=self._note_failure,
+            on_success=self._note_success,
+        )
+        self._handles: Counter[str] = Counter()
+        self._destroyed = False
+
+    @override
+    def init(self) -> None:
+        """Nothing is warmed."""
+
+    @override
+    def get_blob_cache(self, blob_info: BlobInfo) -> BlobCache:
+        blob_id = self._backend.check_blob_id(blob_info.id)
+        self._handles[blob_id] += 1
+        return DummyBlobCache(self, BlobInfo(blob_id, blob_info.size_bytes, blob_info.digest))
+
+    def release_handle(self, blob_id: str) -> None:
+        """Take a handle back."""
+        self._handles[blob_id] -= 1
+        if not self._handles[blob_id]:
+            del self._handles[blob_id]
+
+    async def read(
+        self, blob_id: str, digest: str | None, request: RangeRequest, source: RequestSource
+    ) -> BlobRead:
+        """See `BlobCache.read`."""
+        counters = self._origin.counters
+        counters.requests += 1
+        relay = Relay(self._origin, blob_id, None, source)
+        await relay.open(request)
+        sha256 = sha256_of(self._backend.digest_of(blob_id) or digest) if self._validate else None
+        read = RelayedRead(
+            relay, CacheStatus.BYPASS, sha256=sha256, hold_bytes=CHUNK_SIZE_BYTES_DEFAULT
+        )
+        read.on_bytes = self._count
+        return read
+
+    def _count(self, length: int) -> None:
+        self._origin.counters.miss_bytes += length
+
+    async def stat(self, blob_id: str) -> tuple[BlobVersion, CacheStatus]:
+        """See `BlobCache.stat`."""
+        self._origin.counters.origin_requests += 1
+        return await self._backend.stat(blob_id), CacheStatus.BYPASS
+
+    @override
+    def gc(self, blob_id: str | None) -> bool:
+        return not self._handles
+
+    @override
+    def check_stat(self) -> None:
+        """There is nothing to look after."""
+
+    @override
+    def reconfigure(self, config: ConfigV2) -> None:
+        self._backend.reconfigure(config.get_backend_config())
+        self._origin.retry_limit = config.get_backend_config().retry_limit
+        self._validate = config.get_cache_config().validate
+
+    def _note_failure(self, error: StorageError) -> None:
+        self._degraded = error
+
+    def _note_success(self) -> None:
+        self._degraded = None
+
+    @override
+    def stats(self) -> ManagerStats:
+        counters, problem = self._origin.counters, self._degraded
+        return ManagerStats(
+            requests=counters.requests,
+            miss_bytes=counters.miss_bytes,
+            origin_bytes=counters.origin_bytes,
+            origin_requests=counters.origin_requests,
+            origin_errors=counters.origin_errors,
+            degraded_reason=problem.reason if problem else "",
+            degraded_message=str(problem) if problem else "",
+        )
+
+    @override
+    def usage(self) -> Sequence[BlobUsage]:
+        return ()
+
+    @override
+    async def evict(self, victims: Sequence[Victim]) -> list[EvictionResult]:
+        return [EvictionResult(victim.blob_id, EvictionOutcome.UNKNOWN) for victim in victims]
+
+    @override
+    async def destroy(self) -> None:
+        if not self._destroyed:
+            self._destroyed = True
+            await self._backend.shutdown()

@@ -1,0 +1,640 @@
+"""FileCacheMgr: blobs cached in files, by chunks.
+
+The life of a read: `FileBlobCache.read` -> the current generation (`table`), or a first ranged GET
+that tells the version (`_learn`) -> `CachedRead` (`reading`), whose misses are fetched and stored
+(`fill`, `flush`) or, where the cache may not or cannot store, relayed (`relay`).
+
+Nydus: `FileCacheMgr` (storage/src/cache/filecache). Differs in quotas and eviction, in the order
+of writing, in verification on every serve, and in knowing versions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+from typing_extensions import override
+
+from blobcache_storage.backend.base import BlobBackend, FetchStream
+from blobcache_storage.cache.base import (
+    BlobCache,
+    BlobCacheMgr,
+    BlobRead,
+    BlobUsage,
+    CacheStatus,
+    EvictionResult,
+    ManagerStats,
+    Victim,
+)
+from blobcache_storage.cache.chunk_map import (
+    CHUNK_SIZE_BYTES_MAX,
+    CHUNK_SIZE_BYTES_MIN,
+    is_representable,
+)
+from blobcache_storage.cache.digest import WholeCheck, sha256_of
+from blobcache_storage.cache.disk import cache_error
+from blobcache_storage.cache.fill import Fetch, Origin
+from blobcache_storage.cache.generation import Generation
+from blobcache_storage.cache.pools import Throttle, WorkerPool
+from blobcache_storage.cache.prefetch import Prefetcher
+from blobcache_storage.cache.reading import CachedRead, RelayedRead
+from blobcache_storage.cache.reclaim import Reclaimer
+from blobcache_storage.cache.relay import Relay
+from blobcache_storage.cache.root import CacheRoot
+from blobcache_storage.cache.runtime import StorageRuntime
+from blobcache_storage.cache.scrub import Scrubber
+from blobcache_storage.cache.shared import SharedWork
+from blobcache_storage.cache.table import BlobTable
+from blobcache_storage.config import CacheConfig, ConfigV2
+from blobcache_storage.device import (
+    BlobInfo,
+    BlobVersion,
+    ByteRange,
+    RangeRequest,
+    RequestSource,
+)
+from blobcache_storage.errors import (
+    BlobChanged,
+    CacheError,
+    ConfigError,
+    DigestMismatch,
+    RangeNotSatisfiable,
+    StorageError,
+)
+
+COOL_DOWN_SECONDS = 30.0
+"""After a failed write or sync nothing is stored for so long."""
+UNCACHEABLE_SECONDS = 60.0
+"""How long a blob without a validator is relayed without asking again whether it has one."""
+QUARANTINE_SECONDS = 60.0
+"""How long a blob with the wrong digest is refused without asking the origin."""
+REMEMBERED_MAX = 4096
+"""Blobs remembered as uncacheable or quarantined."""
+READ_AHEAD_BYTES_MIN = 256 * 1024
+"""First read-ahead of a reader whose requests follow one another; doubles with each."""
+
+_log = logging.getLogger(__name__)
+
+
+def check_chunk_size(chunk_size_bytes: int) -> int:
+    """Return a chunk size that is one.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    is_power = chunk_size_bytes > 0 and not chunk_size_bytes & (chunk_size_bytes - 1)
+    if not is_power or not CHUNK_SIZE_BYTES_MIN <= chunk_size_bytes <= CHUNK_SIZE_BYTES_MAX:
+        raise ConfigError(
+            f"the chunk size must be a power of two between {CHUNK_SIZE_BYTES_MIN} and"
+            f" {CHUNK_SIZE_BYTES_MAX} bytes, not {chunk_size_bytes}"
+        )
+    return chunk_size_bytes
+
+
+class FileBlobCache(BlobCache):
+    """A handle; all state is the manager's."""
+
+    def __init__(self, manager: FileCacheMgr, info: BlobInfo) -> None:
+        self.blob_id = info.id
+        self._manager = manager
+        self._digest = info.digest
+        self._closed = False
+
+    @override
+    async def read(
+        self, request: RangeRequest, *, source: RequestSource = RequestSource.ON_DEMAND
+    ) -> BlobRead:
+        return await self._manager.read(self.blob_id, self._digest, request, source)
+
+    @override
+    async def stat(self) -> tuple[BlobVersion, CacheStatus]:
+        return await self._manager.stat(self.blob_id)
+
+    @override
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._manager.release_handle(self.blob_id)
+
+
+class FileCacheMgr(BlobCacheMgr):
+    """All blobs of one configuration; belongs to one event loop. See the module.
+
+    Args:
+        config: Its `cache.work_dir` is not used: the root says where.
+        backend: The manager's own; shut down with it.
+        runtime: Shared by all managers of the process.
+        root: Open, and the one directory all managers share.
+
+    Raises:
+        ConfigError: The configuration cannot be used, or has a manager already.
+    """
+
+    def __init__(
+        self, config: ConfigV2, backend: BlobBackend, runtime: StorageRuntime, root: CacheRoot
+    ) -> None:
+        cache = config.get_cache_config()
+        self._chunk_size_bytes = check_chunk_size(cache.chunk_size_bytes)
+        self._cache = cache
+        self._backend = backend
+        self._runtime = runtime
+        self._root = root
+        runtime.ensure_buffers(self._chunk_size_bytes)
+        self.origin = Origin(
+            backend,
+            runtime.buffers,
+            config.get_backend_config().retry_limit,
+            on_failure=self._note_failure,
+            on_success=self._note_success,
+        )
+        self._folder = root.adopt(config)
+        self._folder.budget.capacity_bytes = cache.capacity_bytes
+        self.table = BlobTable(self._folder, runtime, self._on_disk_error)
+        self.reclaimer = Reclaimer(root, self.table, self.origin.counters, cache)
+        root.members[self._folder.name] = self.reclaimer
+        self._handles: Counter[str] = Counter()
+        self._learning: dict[str, SharedWork[Generation | None]] = {}
+        self._checks: dict[Generation, WholeCheck] = {}
+        self._uncacheable: dict[str, float] = {}
+        self._quarantined: dict[str, float] = {}
+        self._cool_until = 0.0
+        self._degraded: StorageError | None = None
+        self._disk_problem: CacheError | None = None
+        self._corrupt_logged = False
+        self._destroyed = False
+        self.throttle = Throttle(cache.prefetch.bytes_per_second_limit)
+        self._prefetcher = Prefetcher(self, runtime)
+        self._scrubber = Scrubber(self.table, runtime, self.note_corrupt)
+
+    # -- handles -----------------------------------------------------------------------------------
+
+    @override
+    def init(self) -> None:
+        self._prefetcher.configure(self._cache)
+
+    @override
+    def get_blob_cache(self, blob_info: BlobInfo) -> BlobCache:
+        blob_id = self._backend.check_blob_id(blob_info.id)
+        self._handles[blob_id] += 1
+        return FileBlobCache(self, BlobInfo(blob_id, blob_info.size_bytes, blob_info.digest))
+
+    def release_handle(self, blob_id: str) -> None:
+        """Take a handle back."""
+        self._handles[blob_id] -= 1
+        if not self._handles[blob_id]:
+            del self._handles[blob_id]
+
+    @override
+    def gc(self, blob_id: str | None) -> bool:
+        if blob_id is None:
+            for generation in self.table.open_generations():
+                if generation.entry.blob_id not in self._handles:
+                    self.table.close_idle(generation.entry.blob_id)
+        elif blob_id not in self._handles:
+            self.table.close_idle(blob_id)
+        return not (self._handles or self.table.is_open or self._prefetcher.is_working)
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    async def stat(self, blob_id: str) -> tuple[BlobVersion, CacheStatus]:
+        """See `BlobCache.stat`."""
+        entry = self._folder.entries.get(blob_id)
+        if entry is not None and entry.bytes:
+            return entry.version, CacheStatus.HIT
+        return await self.stat_origin(blob_id), self._relay_status()
+
+    async def stat_origin(self, blob_id: str) -> BlobVersion:
+        """Ask the origin for a blob's version."""
+        self.origin.counters.origin_requests += 1
+        return await self._backend.stat(blob_id)
+
+    def canonical(self, blob_id: str) -> str:
+        """Return the canonical form of an id.
+
+        Raises:
+            InvalidBlobId: There can be no such blob.
+        """
+        return self._backend.check_blob_id(blob_id)
+
+    async def read(
+        self, blob_id: str, digest: str | None, request: RangeRequest, source: RequestSource
+    ) -> BlobRead:
+        """See `BlobCache.read`; a blob that changes before the head was sent is read anew once."""
+        self.origin.counters.requests += 1
+        sha256 = self.expected_sha256(blob_id, digest)
+        try:
+            return await self._read(blob_id, sha256, request, source)
+        except BlobChanged:
+            return await self._read(blob_id, sha256, request, source)
+
+    def expected_sha256(self, blob_id: str, digest: str | None = None) -> bytes | None:
+        """Return the digest a blob must have, where its name or a list says one."""
+        if not self._cache.validate:
+            return None
+        named = self._backend.digest_of(blob_id) or digest or self._prefetcher.digest_of(blob_id)
+        return sha256_of(named)
+
+    async def _read(
+        self, blob_id: str, sha256: bytes | None, request: RangeRequest, source: RequestSource
+    ) -> BlobRead:
+        self._check_quarantine(blob_id)
+        found = await self.find(blob_id, request, source)
+        if found is None:
+            return await self._relay_read(blob_id, sha256, request, source)
+        generation, is_new = found
+        span = request.resolve(generation.version.size_bytes)
+        is_whole = span.length == generation.version.size_bytes and span.length > 0
+        check = None
+        if sha256 is not None and is_whole and generation.whole_sha256 != sha256:
+            check = self.check_of(generation, sha256)
+        may_store = self._may_store()
+        read = CachedRead(
+            self,
+            generation,
+            span,
+            self._status(generation, span, is_new, may_store),
+            source,
+            check=check,
+            may_store=may_store,
+            relay_status=self._relay_status(),
+            ahead_end=self._ahead_end(generation, span),
+        )
+        try:
+            await read.prepare()
+        except BaseException:
+            await read.aclose()
+            raise
+        self.table.touch(generation)
+        return read
+
+    def _status(
+        self, generation: Generation, span: ByteRange, is_new: bool, may_store: bool
+    ) -> CacheStatus:
+        """Return how the read is answered, as of now; a relay makes it a plain miss."""
+        first, end = generation.chunks_of(span)
+        present = generation.present_in(first, end)
+        if present == end - first and not (is_new and not span.length):
+            return CacheStatus.HIT
+        if not may_store:
+            return self._relay_status()
+        return CacheStatus.PARTIAL_STORED if present else CacheStatus.MISS_STORED
+
+    def _relay_status(self) -> CacheStatus:
+        """`bypass` where the configuration says not to store, `miss` where it cannot be done."""
+        return CacheStatus.BYPASS if self._cache.suspend else CacheStatus.MISS
+
+    def _may_store(self) -> bool:
+        cooling = self._runtime.clock.monotonic() < self._cool_until
+        return not (self._cache.suspend or cooling or self._destroyed)
+
+    def _ahead_end(self, generation: Generation, span: ByteRange) -> int:
+        """Return up to which chunk to fetch: further if requests follow one another."""
+        follows = 0 <= span.start - generation.last_read_end < generation.chunk_size_bytes
+        if follows and span.length:
+            doubled = max(2 * generation.read_ahead_bytes, READ_AHEAD_BYTES_MIN)
+            generation.read_ahead_bytes = min(doubled, self.origin.pace.segment_bytes)
+        else:
+            generation.read_ahead_bytes = 0
+        generation.last_read_end = span.end
+        ahead = min(span.end + generation.read_ahead_bytes, generation.version.size_bytes)
+        return generation.chunks_of(ByteRange(span.start, ahead))[1]
+
+    async def _relay_read(
+        self, blob_id: str, sha256: bytes | None, request: RangeRequest, source: RequestSource
+    ) -> BlobRead:
+        """Read past the cache: suspended, cooling down, or a blob that cannot be cached."""
+        relay = Relay(self.origin, blob_id, None, source)
+        await relay.open(request)
+        read = RelayedRead(
+            relay,
+            self._relay_status(),
+            hashing=self._runtime.hashing,
+            sha256=sha256,
+            hold_bytes=self._chunk_size_bytes,
+        )
+        read.on_mismatch = lambda: self.quarantine(None, blob_id)
+        read.on_bytes = self._count_miss
+        return read
+
+    def _count_miss(self, length: int) -> None:
+        self.origin.counters.miss_bytes += length
+
+    def check_of(self, generation: Generation, sha256: bytes) -> WholeCheck:
+        """Return the check that all whole reads of a generation share."""
+        check = self._checks.get(generation)
+        if check is None or check.sha256 != sha256:
+            check = self._checks[generation] = WholeCheck(generation, sha256)
+        return check
+
+    # -- finding out versions ----------------------------------------------------------------------
+
+    async def find(
+        self, blob_id: str, request: RangeRequest, source: RequestSource
+    ) -> tuple[Generation, bool] | None:
+        """Return the generation to read and whether it is new; None where only a relay can.
+
+        Raises:
+            StorageError: The origin does not tell the blob's version.
+        """
+        while True:
+            generation = await self.table.get(blob_id)
+            if generation is not None:
+                return generation, False
+            if not self._may_store() or self._is_remembered(self._uncacheable, blob_id):
+                return None
+            learning, leads = self._learning.get(blob_id), False
+            if learning is None:
+                leads = True
+                learning = SharedWork(self._learn(blob_id, request, source))
+                self._learning[blob_id] = learning
+            try:
+                generation = await learning.wait()
+            except RangeNotSatisfiable:
+                if leads:
+                    raise
+                continue  # somebody else's range; ours may be fine
+            if generation is None:
+                return None
+            if not generation.closed and not generation.retired:
+                return generation, leads
+
+    async def _learn(
+        self, blob_id: str, request: RangeRequest, source: RequestSource
+    ) -> Generation | None:
+        """Send the first request, which tells the version; its body fills the new generation."""
+        try:
+            stream = await self._first_answer(blob_id, request, source)
+            if stream is None:
+                version = await self._backend.stat(blob_id)
+            else:
+                version = stream.version
+            if not is_representable(blob_id, version, self._chunk_size_bytes):
+                self._remember(self._uncacheable, blob_id, UNCACHEABLE_SECONDS)
+                if stream is not None:
+                    await stream.aclose()
+                return None
+            generation = self.table.create(blob_id, version, self._chunk_size_bytes)
+            if stream is not None:
+                await self._fill_from(generation, stream, source)
+            return generation
+        except StorageError as error:
+            self._note_failure(error)
+            raise
+        finally:
+            self._learning.pop(blob_id, None)
+
+    async def _first_answer(
+        self, blob_id: str, request: RangeRequest, source: RequestSource
+    ) -> FetchStream | None:
+        """Ask for the range in whole chunks; None if the blob is empty."""
+        counters, size = self.origin.counters, self._chunk_size_bytes
+        segment = self.origin.pace.segment_bytes
+        if request.suffix_length is not None:
+            asked = RangeRequest(suffix_length=request.suffix_length + size)
+            if request.suffix_length == 0:
+                asked = RangeRequest(first=0, last=size - 1)
+        else:
+            first = (request.first or 0) // size * size
+            last = first + max(segment, size) - 1
+            if request.last is not None:
+                last = min(last, (request.last // size + 1) * size - 1)
+            asked = RangeRequest(first=first, last=last)
+        counters.origin_requests += 1
+        try:
+            return await self._backend.fetch(blob_id, asked, source=source)
+        except RangeNotSatisfiable as error:
+            if error.size_bytes == 0:
+                return None
+            raise
+        except StorageError:
+            counters.origin_errors += 1
+            raise
+
+    async def _fill_from(
+        self, generation: Generation, stream: FetchStream, source: RequestSource
+    ) -> None:
+        """Have an opened answer fill the chunks it covers."""
+        size = generation.chunk_size_bytes
+        first = -(-stream.span.start // size)
+        end = stream.span.end // size
+        if stream.span.end == generation.version.size_bytes:
+            end = generation.chunk_count
+        fetch = None
+        if first < end:
+            fetch = await self._start(generation, first, end, source, stream)
+        if fetch is None:
+            await stream.aclose()
+
+    async def start_fetch(
+        self, generation: Generation, first: int, end: int, source: RequestSource
+    ) -> Fetch | None:
+        """See `ReadOwner`."""
+        if not self._may_store():
+            return None
+        return await self._start(generation, first, end, source, None)
+
+    async def _start(
+        self,
+        generation: Generation,
+        first: int,
+        end: int,
+        source: RequestSource,
+        stream: FetchStream | None,
+    ) -> Fetch | None:
+        is_prefetch = source is RequestSource.PREFETCH
+        throttle = self.throttle if is_prefetch else None
+
+        def start() -> Fetch | None:
+            return Fetch.start(
+                generation,
+                self.origin,
+                first,
+                end,
+                source=source,
+                throttle=throttle,
+                stream=stream,
+            )
+
+        fetch = start()
+        if fetch is None and not is_prefetch:
+            # While room is made, this very generation must not be what goes.
+            generation.readers += 1
+            try:
+                await self.reclaimer.make_room(generation.disk_bytes(first, end))
+            finally:
+                generation.readers -= 1
+            first_taken = generation.first_taken(first, end)
+            if first_taken == first:
+                other = generation.fetches.get(first)
+                return other if isinstance(other, Fetch) and stream is None else None
+            end = first_taken
+            fetch = start()
+        return fetch
+
+    # -- what reads tell ---------------------------------------------------------------------------
+
+    def retire(self, generation: Generation) -> None:
+        """See `ReadOwner`."""
+        self.table.retire(generation)
+
+    def release_read(self, generation: Generation) -> None:
+        """See `ReadOwner`."""
+        check = self._checks.get(generation)
+        if check is not None and not check.is_wanted:
+            del self._checks[generation]
+        self.table.release(generation)
+
+    def quarantine(self, generation: Generation | None, blob_id: str) -> None:
+        """See `ReadOwner`."""
+        if generation is not None:
+            self.table.retire(generation)
+        self._remember(self._quarantined, blob_id, QUARANTINE_SECONDS)
+        self._note_failure(DigestMismatch(f"the blob '{blob_id}' has not the digest that names it"))
+        _log.warning("Quarantined a blob of the wrong digest", extra={"blob_id": blob_id})
+
+    def note_corrupt(self, generation: Generation) -> None:
+        """See `ReadOwner`."""
+        self.origin.counters.corrupt_chunks += 1
+        if not self._corrupt_logged:
+            self._corrupt_logged = True
+            _log.warning(
+                "Discarded a cached chunk that was not what was recorded",
+                extra={"blob_id": generation.entry.blob_id, "config_id": self._folder.config_id},
+            )
+
+    @property
+    def hashing(self) -> WorkerPool:
+        """See `ReadOwner`."""
+        return self._runtime.hashing
+
+    def _on_disk_error(self, error: OSError) -> None:
+        problem = cache_error(error)
+        self._disk_problem = problem
+        self._cool_until = self._runtime.clock.monotonic() + COOL_DOWN_SECONDS
+        _log.warning("Stopped storing for a while", extra={"reason": problem.reason})
+
+    def _note_failure(self, error: StorageError) -> None:
+        self._degraded = error
+
+    def _note_success(self) -> None:
+        self._degraded = None
+
+    def _remember(self, table: dict[str, float], blob_id: str, seconds: float) -> None:
+        if len(table) >= REMEMBERED_MAX:
+            table.pop(next(iter(table)))
+        table[blob_id] = self._runtime.clock.monotonic() + seconds
+
+    def _is_remembered(self, table: dict[str, float], blob_id: str) -> bool:
+        until = table.get(blob_id)
+        if until is None:
+            return False
+        if self._runtime.clock.monotonic() < until:
+            return True
+        del table[blob_id]
+        return False
+
+    def _check_quarantine(self, blob_id: str) -> None:
+        if self._is_remembered(self._quarantined, blob_id):
+            raise DigestMismatch(f"the blob '{blob_id}' has not the digest that names it")
+
+    # -- looking after itself ----------------------------------------------------------------------
+
+    @override
+    def check_stat(self) -> None:
+        if not self._destroyed:
+            self.table.spawn(self._look_after())
+
+    async def _look_after(self) -> None:
+        if self._runtime.clock.monotonic() >= self._cool_until:
+            self._disk_problem = None
+        await self.reclaimer.evict_expired()
+        budget = self._folder.budget
+        if not budget.fits(0):
+            await self.reclaimer.make_room(0)
+        await self._root.look_after()
+        self._prefetcher.wake()
+        self._scrubber.wake()
+
+    @override
+    def reconfigure(self, config: ConfigV2) -> None:
+        cache = config.get_cache_config()
+        self._backend.reconfigure(config.get_backend_config())
+        self.origin.retry_limit = config.get_backend_config().retry_limit
+        self._cache = self.reclaimer.cache = cache
+        self._folder.budget.capacity_bytes = cache.capacity_bytes
+        self.throttle.bytes_per_second = cache.prefetch.bytes_per_second_limit
+        self._prefetcher.configure(cache)
+
+    @property
+    def cache_config(self) -> CacheConfig:
+        """The cache section in force."""
+        return self._cache
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes in use or reserved."""
+        return self._folder.budget.used_bytes
+
+    @override
+    def stats(self) -> ManagerStats:
+        counters = self.origin.counters
+        problem: StorageError | None = self._disk_problem or self._degraded
+        progress = self._prefetcher.progress()
+        return ManagerStats(
+            bytes=self.used_bytes,
+            blobs=sum(1 for entry in self._folder.entries.values() if entry.bytes),
+            requests=counters.requests,
+            hit_bytes=counters.hit_bytes,
+            miss_bytes=counters.miss_bytes,
+            origin_bytes=counters.origin_bytes,
+            origin_requests=counters.origin_requests,
+            origin_errors=counters.origin_errors,
+            evicted_bytes=counters.evicted_bytes,
+            evicted_blobs=counters.evicted_blobs,
+            prefetch_blobs=progress.blobs,
+            prefetch_blobs_ready=progress.blobs_ready,
+            prefetch_bytes=progress.bytes,
+            prefetch_bytes_ready=progress.bytes_ready,
+            prefetch_problem=progress.problem,
+            degraded_reason=problem.reason if problem else "",
+            degraded_message=str(problem) if problem else "",
+        )
+
+    @override
+    def usage(self) -> Sequence[BlobUsage]:
+        return [
+            BlobUsage(
+                blob_id=candidate.blob_id,
+                version=candidate.version,
+                bytes=candidate.bytes,
+                last_read_time=candidate.last_read_time,
+                in_use=candidate.in_use,
+                pinned=candidate.pinned,
+                wanted=candidate.wanted,
+                complete=candidate.complete,
+            )
+            for candidate in self.reclaimer.candidates()
+            if candidate.bytes
+        ]
+
+    @override
+    async def evict(self, victims: Sequence[Victim]) -> list[EvictionResult]:
+        return await self.reclaimer.evict(victims)
+
+    @override
+    async def destroy(self) -> None:
+        if self._destroyed:
+            return
+        self._destroyed = True
+        await self._prefetcher.stop()
+        await self._scrubber.stop()
+        await self.table.close()
+        self._root.release(self._folder)
+        try:
+            await self._root.write_index()
+        except OSError as error:
+            _log.warning("Could not write the index", extra={"error": str(cache_error(error))})
+        if self._folder.doomed:
+            await self._root.delete_config(self._folder.uid)
+        await self._backend.shutdown()

@@ -1,0 +1,524 @@
+"""One version of one blob: its two files, and where each chunk stands.
+
+A chunk goes `ABSENT -> FETCHING -> BUFFERED -> VERIFIED`, and one found on disk at start
+`DURABLE -> VERIFIED`. Invariants, on which "never a wrong byte" rests:
+
+* Only a VERIFIED chunk is served straight from the file: its data was synced by this process
+  without an error, or its checksum was found right since the file was opened.
+* A BUFFERED chunk lies in memory or in dirty pages, which can turn to zeros without an error: it
+  is served only from bytes whose checksum was computed for that serve.
+* A slot is written to the map only after the sync of its data succeeded (`flush`).
+* The CRC of a chunk is that of bytes which came from the origin under this version; what does not
+  have it is discarded and fetched again.
+
+State belongs to the event loop; the functions named `*_blocking` run in threads and touch only
+descriptors and what they are given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import os
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from crc32c import crc32c
+
+from blobcache_storage.cache.budget import on_disk
+from blobcache_storage.cache.chunk_map import (
+    HEADER_SIZE_BYTES,
+    MapHeader,
+    decode_header,
+    decode_slots,
+    decode_whole_record,
+    encode_header,
+    seal_slot,
+    slot_crc,
+)
+from blobcache_storage.cache.flush import Writer, runs
+from blobcache_storage.cache.index import CatalogEntry
+from blobcache_storage.cache.pools import BufferPool
+from blobcache_storage.cache.runtime import StorageRuntime
+from blobcache_storage.device import ByteRange
+
+if TYPE_CHECKING:
+    from blobcache_storage.cache.root import Folder
+
+RESIDENT_READ_BYTES_MAX = 256 * 1024
+"""Up to so many bytes are read in the loop if they are in the page cache: some 20 us."""
+
+
+class ChunkState(enum.IntEnum):
+    """Where a chunk stands; see the module."""
+
+    ABSENT = 0
+    FETCHING = 1
+    BUFFERED = 2
+    DURABLE = 3
+    VERIFIED = 4
+
+
+_ABSENT = int(ChunkState.ABSENT)
+_FETCHING = int(ChunkState.FETCHING)
+_BUFFERED = int(ChunkState.BUFFERED)
+_DURABLE = int(ChunkState.DURABLE)
+_VERIFIED = int(ChunkState.VERIFIED)
+
+
+class ChunkBuffer:
+    """A chunk's bytes in pool memory, shared by the writer and readers, freed by the last."""
+
+    __slots__ = ("_pool", "_references", "data")
+
+    def __init__(self, pool: BufferPool, length: int) -> None:
+        """Take over `length` bytes that were acquired from the pool."""
+        self._pool = pool
+        self._references = 1
+        self.data = bytearray(length)
+
+    def retain(self) -> None:
+        """Add a holder."""
+        assert self._references > 0, "a freed buffer was used"
+        self._references += 1
+
+    def release(self) -> None:
+        """Drop a holder; the last one gives the memory back."""
+        self._references -= 1
+        assert self._references >= 0, "a buffer was released twice"
+        if not self._references:
+            self._pool.release(len(self.data))
+
+
+class ChunkSource(Protocol):
+    """A fetch under way, as the generation sees it."""
+
+    def cancel(self) -> None:
+        """End it; its chunks are given up when this returns."""
+
+    async def settle(self) -> None:
+        """Return when its requests have ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFiles:
+    """What opening an existing pair of files found."""
+
+    data_fd: int
+    map_fd: int
+    slots: array[int]
+    whole_sha256: bytes | None
+
+
+class Generation:
+    """See the module. Made by the manager, one per version in use or idle but open.
+
+    Args:
+        on_disk_error: Told of a failed write or sync, after the chunks were dropped.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        entry: CatalogEntry,
+        runtime: StorageRuntime,
+        *,
+        on_disk_error: Callable[[OSError], None],
+    ) -> None:
+        self.folder = folder
+        self.entry = entry
+        self.runtime = runtime
+        self.header: MapHeader = folder.header_of(entry)
+        self.version = entry.version
+        self.chunk_size_bytes = entry.chunk_size_bytes
+        self.chunk_count = self.header.chunk_count
+        self.states = bytearray(self.chunk_count)
+        self.slots: array[int] = array("Q", bytes(8 * self.chunk_count))
+        self.memory: dict[int, ChunkBuffer] = {}
+        self.fetches: dict[int, ChunkSource] = {}
+        self.readers = 0
+        self.data_fd = -1
+        self.map_fd = -1
+        self.retired = False
+        """No longer what the blob's id means; closed and forgotten once its readers are gone."""
+        self.closed = False
+        self.whole_sha256: bytes | None = None
+        self.published = asyncio.Event()
+        """Set whenever a chunk arrives or is dropped; who waits for one clears it first."""
+        self.discards = 0
+        """How often a chunk that was present ceased to be."""
+        self.writer = Writer(self, runtime, on_disk_error)
+        self.last_read_end = -1
+        self.read_ahead_bytes = 0
+
+    # -- what is here ---------------------------------------------------------------------------
+
+    def chunk_length(self, index: int) -> int:
+        """Return a chunk's length in bytes."""
+        return self.header.chunk_length(index)
+
+    def chunks_of(self, span: ByteRange) -> tuple[int, int]:
+        """Return first and end of the chunks that hold a span."""
+        if span.length == 0:
+            return 0, 0
+        size = self.chunk_size_bytes
+        return span.start // size, (span.end - 1) // size + 1
+
+    def present_in(self, first: int, end: int) -> int:
+        """Return how many chunks of `[first, end)` are present."""
+        states = self.states
+        missing = states.count(_ABSENT, first, end) + states.count(_FETCHING, first, end)
+        return end - first - missing
+
+    def is_present(self, index: int) -> bool:
+        """Whether a chunk is in memory or in the file."""
+        return self.states[index] >= _BUFFERED
+
+    def first_absent(self, first: int) -> int:
+        """Return the first absent chunk from `first` on, or the chunk count."""
+        found = self.states.find(_ABSENT, first)
+        return found if found >= 0 else self.chunk_count
+
+    def first_taken(self, first: int, end: int) -> int:
+        """Return the first chunk of `[first, end)` that is not absent, or `end`."""
+        states = self.states
+        while first < end and states[first] == _ABSENT:
+            first += 1
+        return first
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all chunks are present."""
+        return self.present_in(0, self.chunk_count) == self.chunk_count
+
+    @property
+    def durable_bytes(self) -> int:
+        """Bytes whose chunks are recorded in the map."""
+        states = self.states
+        count = states.count(_DURABLE) + states.count(_VERIFIED)
+        bytes_ = count * self.chunk_size_bytes
+        last = self.chunk_count - 1
+        if last >= 0 and states[last] >= _DURABLE:
+            bytes_ -= self.chunk_size_bytes - self.chunk_length(last)
+        return bytes_
+
+    def verified_end(self, index: int, end: int) -> int:
+        """Return where the run of VERIFIED chunks from `index` ends, at most `end`."""
+        states = self.states
+        if states.count(_VERIFIED, index, end) == end - index:
+            return end
+        while index < end and states[index] == _VERIFIED:
+            index += 1
+        return index
+
+    @property
+    def map_bytes(self) -> int:
+        """Memory that states and slots take."""
+        return 9 * self.chunk_count
+
+    # -- claiming and publishing -----------------------------------------------------------------
+
+    def claim(self, first: int, end: int, source: ChunkSource) -> bool:
+        """Reserve disk for absent chunks and give them to a fetch; False if there is no room."""
+        length = self.disk_bytes(first, end)
+        if not self.entry.bytes:
+            length += on_disk(self.header.map_size_bytes)
+        if not self.folder.budget.reserve(length):
+            return False
+        self.entry.bytes += length
+        for index in range(first, end):
+            assert self.states[index] == _ABSENT, "a chunk was claimed twice"
+            self.states[index] = _FETCHING
+            self.fetches[index] = source
+        return True
+
+    def disk_bytes(self, first: int, end: int) -> int:
+        """Return how much disk the chunks `[first, end)` take, at least one of them."""
+        last = on_disk(self.chunk_length(end - 1))
+        return (end - 1 - first) * on_disk(self.chunk_size_bytes) + last
+
+    def unclaim(self, source: ChunkSource, indexes: Iterable[int]) -> None:
+        """Give up claimed chunks that did not arrive."""
+        for index in indexes:
+            if self.fetches.get(index) is source:
+                del self.fetches[index]
+                self._set_absent(index)
+        self.published.set()
+
+    def _set_absent(self, index: int) -> None:
+        self.states[index] = _ABSENT
+        self.slots[index] = 0
+        length = on_disk(self.chunk_length(index))
+        self.entry.bytes -= length
+        self.folder.budget.give_back(length)
+        self.entry.complete = False
+
+    def publish(self, source: ChunkSource, index: int, buffer: ChunkBuffer, crc: int) -> bool:
+        """Take a chunk that arrived whole, its buffer included; False if it is not wanted."""
+        if self.fetches.get(index) is not source:
+            return False
+        del self.fetches[index]
+        self.states[index] = _BUFFERED
+        self.slots[index] = seal_slot(self.header.generation, index, crc)
+        self.memory[index] = buffer
+        self.writer.add(index)
+        self.published.set()
+        return True
+
+    # -- called by the writer ----------------------------------------------------------------------
+
+    def mark_written(self, indexes: Iterable[int]) -> None:
+        """Note that chunks are in the file: their memory is given back."""
+        for index in indexes:
+            buffer = self.memory.pop(index, None)
+            if buffer is not None:
+                buffer.release()
+
+    def mark_recorded(self, indexes: Iterable[int]) -> None:
+        """Note that chunks are synced and in the map."""
+        for index in indexes:
+            if self.states[index] == _BUFFERED:
+                self.states[index] = _VERIFIED
+        self.entry.complete = (
+            self.states.count(_VERIFIED) + self.states.count(_DURABLE) == self.chunk_count
+        )
+
+    def drop(self, indexes: Iterable[int]) -> None:
+        """Forget chunks that could not be made durable, or whose bytes proved wrong."""
+        for index in indexes:
+            buffer = self.memory.pop(index, None)
+            if buffer is not None:
+                buffer.release()
+            if self.states[index] >= _BUFFERED:
+                self._set_absent(index)
+                self.discards += 1
+                self.whole_sha256 = None
+        self.published.set()
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def expected_crc(self, index: int) -> int | None:
+        """Return the CRC a present chunk must have; None if its slot vouches for nothing."""
+        return slot_crc(self.header.generation, index, self.slots[index])
+
+    def discard(self, index: int) -> None:
+        """Forget a chunk whose bytes are not what was recorded, on disk too."""
+        if self.states[index] >= _BUFFERED and index not in self.memory:
+            self.writer.forget(index)
+            self.drop([index])
+
+    def check_resident(self, index: int) -> bytearray | None:
+        """Return a chunk's bytes if they are in the page cache and right; never waits."""
+        length = self.chunk_length(index)
+        if length > RESIDENT_READ_BYTES_MAX:
+            return None
+        expected = self.expected_crc(index)
+        data = self.runtime.disk.read_resident(self.data_fd, length, index * self.chunk_size_bytes)
+        if data is None or expected is None or crc32c(data) != expected:
+            return None
+        return data
+
+    async def check(self, first: int, end: int) -> int:
+        """Verify recorded chunks `[first, end)` in a thread; bad ones are discarded.
+
+        Returns:
+            How many were bad.
+        """
+        return await self._check([i for i in range(first, end) if self.states[i] == _DURABLE])
+
+    async def recheck(self, first: int, end: int) -> int:
+        """Do the same with those that were verified before: what the scrub does."""
+        return await self._check([i for i in range(first, end) if self.states[i] >= _DURABLE])
+
+    async def _check(self, indexes: list[int]) -> int:
+        wanted = [(index, self.expected_crc(index)) for index in indexes]
+        good = await self.runtime.reader.run(lambda: self._check_blocking(wanted))
+        bad = 0
+        for (index, crc), is_good in zip(wanted, good, strict=True):
+            if self.states[index] < _DURABLE or self.expected_crc(index) != crc:
+                continue  # it changed meanwhile; whoever changed it knows better
+            if is_good:
+                self.states[index] = _VERIFIED
+            else:
+                bad += 1
+                self.discard(index)
+        return bad
+
+    async def reconcile(self) -> None:
+        """Count what the files really take, when nothing else changes it."""
+        await self.writer.drain()
+        if self.fetches or self.data_fd < 0 or self.retired:
+            return
+        disk, fds = self.runtime.disk, (self.data_fd, self.map_fd)
+        counted = self.entry.bytes
+        real = await self.runtime.reader.run(lambda: sum(disk.allocated(fd) for fd in fds))
+        if self.entry.bytes != counted or self.fetches or self.writer.is_busy or self.retired:
+            return  # it moved on meanwhile; the next pass will do
+        if real > counted:
+            self.folder.budget.take(real - counted)
+        else:
+            self.folder.budget.give_back(counted - real)
+        self.entry.bytes = real
+
+    def _check_blocking(self, wanted: list[tuple[int, int | None]]) -> list[bool]:
+        return [
+            crc is not None and self._read_blocking(index, crc) is not None for index, crc in wanted
+        ]
+
+    def _read_blocking(self, index: int, crc: int) -> bytes | bytearray | None:
+        """Return a chunk's bytes if they have that CRC."""
+        length = self.chunk_length(index)
+        try:
+            data = self.runtime.disk.read(self.data_fd, length, index * self.chunk_size_bytes)
+        except OSError:
+            return None  # an unreadable chunk is a wrong one: discarded and fetched again
+        return data if len(data) == length and crc32c(data) == crc else None
+
+    async def read_chunk(self, index: int) -> bytes | bytearray | memoryview | None:
+        """Return a present chunk's bytes, checked; None if it is gone or proved wrong."""
+        buffer = self.memory.get(index)
+        if buffer is not None:
+            return buffer.data
+        crc = self.expected_crc(index)
+        if crc is not None:
+            data = await self.runtime.reader.run(lambda: self._read_blocking(index, crc))
+            if data is not None:
+                return data
+        if self.expected_crc(index) == crc:
+            self.discard(index)
+        return None
+
+    async def feed(self, first: int, end: int, take: Callable[[bytes | bytearray], None]) -> int:
+        """Give present chunks, checked and in order, to a function in a hashing thread.
+
+        Returns:
+            How many were taken; the next one, if any, was wrong and is discarded.
+        """
+        wanted = []
+        for index in range(first, end):
+            buffer = self.memory.get(index)
+            if buffer is not None:
+                buffer.retain()
+            wanted.append((index, self.expected_crc(index), buffer))
+
+        def work() -> int:
+            for done, (index, crc, buffer) in enumerate(wanted):
+                data: bytes | bytearray | None = buffer.data if buffer is not None else None
+                if data is None and crc is not None:
+                    data = self._read_blocking(index, crc)
+                if data is None:
+                    return done
+                take(data)
+            return len(wanted)
+
+        try:
+            count = await self.runtime.hashing.run(work)
+        finally:
+            for _, _, buffer in wanted:
+                if buffer is not None:
+                    buffer.release()
+        if count < len(wanted):
+            index, crc, _ = wanted[count]
+            if self.expected_crc(index) == crc:
+                self.discard(index)
+        return count
+
+    # -- opening and closing -----------------------------------------------------------------------
+
+    def load_blocking(self) -> LoadedFiles | None:
+        """Open existing files; None if they are missing, foreign, or of something else."""
+        disk, stem = self.runtime.disk, self.entry.stem
+        fds: list[int] = []
+        try:
+            directory = self.folder.directory()
+            fds.append(disk.open(f"{stem}.data", os.O_RDWR, dir_fd=directory))
+            fds.append(disk.open(f"{stem}.map", os.O_RDWR, dir_fd=directory))
+            page = disk.read(fds[1], HEADER_SIZE_BYTES, 0)
+            if decode_header(page) == self.header:
+                body = disk.read(fds[1], self.header.map_size_bytes, HEADER_SIZE_BYTES)
+                slots = decode_slots(self.header, body)
+                whole = decode_whole_record(self.header.generation, page)
+                return LoadedFiles(fds[0], fds[1], slots, whole)
+        except OSError:
+            pass  # the same as "nothing is here": the manager discards the entry
+        for fd in fds:
+            disk.close(fd)
+        return None
+
+    def take_descriptors(self, loaded: LoadedFiles) -> None:
+        """Take over opened files only to close them."""
+        self.data_fd, self.map_fd = loaded.data_fd, loaded.map_fd
+
+    def take_loaded(self, loaded: LoadedFiles) -> None:
+        """Take over opened files, and count what is really there."""
+        self.data_fd, self.map_fd = loaded.data_fd, loaded.map_fd
+        self.slots = loaded.slots
+        self.states = bytearray(_DURABLE if slot else _ABSENT for slot in loaded.slots)
+        self.entry.complete = self.present_in(0, self.chunk_count) == self.chunk_count
+        self.whole_sha256 = loaded.whole_sha256 if self.entry.complete else None
+        counted = on_disk(self.header.map_size_bytes)
+        for first, end in runs(i for i, slot in enumerate(loaded.slots) if slot):
+            counted += self.disk_bytes(first, end)
+        if counted > self.entry.bytes:
+            self.folder.budget.take(counted - self.entry.bytes)
+        else:
+            self.folder.budget.give_back(self.entry.bytes - counted)
+        self.entry.bytes = counted
+
+    def create_blocking(self) -> None:
+        """Make the two files, the map with its header (first write only)."""
+        if self.data_fd >= 0:
+            return
+        disk, stem = self.runtime.disk, self.entry.stem
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        directory = self.folder.directory()
+        data_fd = disk.open(f"{stem}.data", flags, dir_fd=directory)
+        try:
+            map_fd = disk.open(f"{stem}.map", flags, dir_fd=directory)
+        except OSError:
+            disk.close(data_fd)
+            disk.unlink(f"{stem}.data", dir_fd=directory)
+            raise
+        try:
+            disk.write_all(map_fd, [encode_header(self.header)], 0)
+        except OSError:
+            disk.close(data_fd)
+            disk.close(map_fd)
+            self.folder.unlink(stem)
+            raise
+        # Both or neither: a reader in the loop sees descriptors only of whole files.
+        self.map_fd = map_fd
+        self.data_fd = data_fd
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody reads, fetches or writes it."""
+        return not (self.readers or self.fetches or self.memory or self.writer.is_busy)
+
+    def retire(self) -> None:
+        """Note that its files are gone or going; their bytes count until it is closed."""
+        self.retired = True
+        if self.closed:
+            self.folder.budget.give_back(self.entry.bytes)
+            self.entry.bytes = 0
+
+    def close_if_idle(self) -> bool:
+        """Close the files unless it is in use; whether they are closed now."""
+        if not self.closed and self.is_idle:
+            self._close()
+        return self.closed
+
+    def _close(self) -> None:
+        self.closed = True
+        self.runtime.open_files.forget(self)
+        for fd in (self.data_fd, self.map_fd):
+            if fd >= 0:
+                # Closing may write back on some file systems, but never on local ones; the
+                # descriptors were synced before.
+                self.runtime.disk.close(fd)
+        self.data_fd = self.map_fd = -1
+        if self.retired:
+            self.folder.budget.give_back(self.entry.bytes)
+            self.entry.bytes = 0

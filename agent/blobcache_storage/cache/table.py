@@ -1,0 +1,223 @@
+"""The blobs of one configuration: what is on disk, and what of it is open.
+
+Belongs to the event loop. At most one generation per blob id is current; retired ones live on
+until their readers are gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+from blobcache_storage.cache.disk import cache_error
+from blobcache_storage.cache.generation import Generation
+from blobcache_storage.cache.index import CatalogEntry
+from blobcache_storage.cache.runtime import StorageRuntime
+from blobcache_storage.cache.shared import SharedWork
+from blobcache_storage.device import BlobVersion
+
+if TYPE_CHECKING:
+    from blobcache_storage.cache.root import Folder
+
+_log = logging.getLogger(__name__)
+
+
+def version_name(entry: CatalogEntry) -> str:
+    """Return the opaque name eviction knows a cached version by."""
+    return f"{entry.generation:016x}"
+
+
+class BlobTable:
+    """See the module.
+
+    Args:
+        on_disk_error: Told of every failure of the cache's disk.
+    """
+
+    def __init__(
+        self, folder: Folder, runtime: StorageRuntime, on_disk_error: Callable[[OSError], None]
+    ) -> None:
+        self.folder = folder
+        self._runtime = runtime
+        self._on_disk_error = on_disk_error
+        self._open: dict[str, Generation] = {}
+        self._retired: set[Generation] = set()
+        self._loading: dict[str, SharedWork[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- finding -----------------------------------------------------------------------------------
+
+    def current(self, blob_id: str) -> Generation | None:
+        """Return the open generation of a blob, if it is open."""
+        generation = self._open.get(blob_id)
+        if generation is None or generation.closed:
+            return None
+        return generation
+
+    def open_generations(self) -> list[Generation]:
+        """Return all that are open, retired ones included."""
+        return [*(g for g in self._open.values() if not g.closed), *self._retired]
+
+    async def get(self, blob_id: str) -> Generation | None:
+        """Return the current generation of a blob, opening its files if need be; None if none.
+
+        What cannot be opened, or is not what it should be, is discarded.
+        """
+        while True:
+            generation = self.current(blob_id)
+            if generation is not None:
+                return generation
+            entry = self.folder.entries.get(blob_id)
+            if entry is None:
+                return None
+            loading = self._loading.get(blob_id)
+            if loading is None:
+                loading = self._loading[blob_id] = SharedWork(self._load(entry))
+            await loading.wait()
+
+    async def _load(self, entry: CatalogEntry) -> None:
+        generation = self._new(entry)
+        try:
+            loaded = await self._runtime.reader.run(generation.load_blocking)
+        finally:
+            self._loading.pop(entry.blob_id, None)
+        if self.folder.entries.get(entry.blob_id) is not entry:
+            # Evicted meanwhile: the descriptors are of unlinked files.
+            if loaded is not None:
+                generation.take_descriptors(loaded)
+                generation.close_if_idle()
+        elif loaded is None:
+            del self.folder.entries[entry.blob_id]
+            await self.remove_files(entry)
+        else:
+            generation.take_loaded(loaded)
+            self._open[entry.blob_id] = generation
+            self._runtime.open_files.touch(generation)
+
+    def _new(self, entry: CatalogEntry) -> Generation:
+        return Generation(self.folder, entry, self._runtime, on_disk_error=self._on_disk_error)
+
+    def create(self, blob_id: str, version: BlobVersion, chunk_size_bytes: int) -> Generation:
+        """Return a new generation, which is the blob's current one from now on."""
+        assert blob_id not in self.folder.entries, "a blob has one current version"
+        now = self._runtime.clock.time()
+        entry = self.folder.new_entry(blob_id, version, chunk_size_bytes, now=now)
+        generation = self._new(entry)
+        self.folder.entries[blob_id] = entry
+        self._open[blob_id] = generation
+        self._runtime.open_files.touch(generation)
+        return generation
+
+    def is_in_use(self, entry: CatalogEntry) -> bool:
+        """Whether a blob is being read, fetched or written."""
+        generation = self.current(entry.blob_id)
+        return entry.blob_id in self._loading or (generation is not None and not generation.is_idle)
+
+    # -- letting go --------------------------------------------------------------------------------
+
+    def touch(self, generation: Generation) -> None:
+        """Note a read."""
+        generation.entry.last_read_time = self._runtime.clock.time()
+        self._runtime.open_files.touch(generation)
+
+    def release(self, generation: Generation) -> None:
+        """Note the end of a read: closes what is retired, forgets what holds nothing."""
+        if generation.readers or generation.fetches:
+            return
+        if generation.retired:
+            if generation.close_if_idle():
+                self._retired.discard(generation)
+        elif not generation.present_in(0, generation.chunk_count) and generation.is_idle:
+            self.retire(generation)
+
+    def retire(self, generation: Generation) -> None:
+        """Take a generation out: its readers go on, its files go."""
+        if generation.retired:
+            return
+        entry = generation.entry
+        if self.folder.entries.get(entry.blob_id) is entry:
+            del self.folder.entries[entry.blob_id]
+        if self._open.get(entry.blob_id) is generation:
+            del self._open[entry.blob_id]
+        generation.retire()
+        self._retired.add(generation)
+        self.spawn(self._finish_retiring(generation))
+
+    async def _finish_retiring(self, generation: Generation) -> None:
+        # The writer makes the files at its first write: unlinked before, they would come back.
+        await generation.writer.drain()
+        await self._unlink(generation.entry.stem)
+        self.release(generation)
+        if generation.closed or generation.close_if_idle():
+            self._retired.discard(generation)
+
+    async def remove(self, entry: CatalogEntry) -> int:
+        """Delete an idle blob's files; returns the bytes that frees.
+
+        It is gone from the table before the disk is touched: a read that comes meanwhile starts
+        a new generation with files of its own.
+        """
+        assert not self.is_in_use(entry), "a blob in use was evicted"
+        freed = entry.bytes
+        del self.folder.entries[entry.blob_id]
+        generation = self._open.pop(entry.blob_id, None)
+        if generation is None or generation.closed:
+            await self.remove_files(entry)
+            return freed
+        generation.retire()
+        self._retired.add(generation)
+        await self._unlink(entry.stem)
+        if generation.close_if_idle():
+            self._retired.discard(generation)
+        return freed
+
+    async def remove_files(self, entry: CatalogEntry) -> None:
+        """Delete the files of an entry that is not open, and give its bytes back."""
+        await self._unlink(entry.stem)
+        self.folder.budget.give_back(entry.bytes)
+        entry.bytes = 0
+
+    async def _unlink(self, stem: str) -> None:
+        try:
+            await self._runtime.flusher.run(lambda: self.folder.unlink(stem))
+        except OSError as error:
+            # The next start removes what is left; until then the disk has its own floor.
+            _log.warning("Could not delete a cached blob", extra={"error": str(cache_error(error))})
+            self._on_disk_error(error)
+
+    def close_idle(self, blob_id: str | None) -> None:
+        """Close what nobody uses: one blob, or all."""
+        names = list(self._open) if blob_id is None else [blob_id]
+        for name in names:
+            generation = self._open.get(name)
+            if generation is not None and generation.close_if_idle():
+                del self._open[name]
+        for generation in list(self._retired):
+            if generation.close_if_idle():
+                self._retired.discard(generation)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any blob is open or being opened."""
+        return bool(self.open_generations() or self._loading)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run work in the background; `close` waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Make everything written durable and close all files; nothing may be read any more."""
+        for generation in self.open_generations():
+            for source in set(generation.fetches.values()):
+                source.cancel()
+                await source.settle()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        for generation in self.open_generations():
+            await generation.writer.finish()
+        self.close_idle(None)
+        await self._runtime.flusher.run(self.folder.close)
