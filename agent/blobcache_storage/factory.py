@@ -25,6 +25,8 @@ from typing import Final, Protocol
 from blobcache_storage.backend.base import BlobBackend
 from blobcache_storage.backend.open import BackendEnvironment, open_backend
 from blobcache_storage.cache.base import BlobCache, BlobCacheMgr
+from blobcache_storage.cache.dummycache import DummyCacheMgr
+from blobcache_storage.cache.filecache import FileCacheMgr
 from blobcache_storage.cache.root import CacheRoot
 from blobcache_storage.cache.runtime import StorageRuntime
 from blobcache_storage.config import (
@@ -339,9 +341,6 @@ class BlobFactory:
         root = self._root_of(key)
         environment = self._environment_of(config)
         backend = self.new_backend(config.get_backend_config(), blob_id, environment=environment)
-        from blobcache_storage.cache.dummycache import DummyCacheMgr
-        from blobcache_storage.cache.filecache import FileCacheMgr
-
         try:
             if root is not None:
                 return FileCacheMgr(config, backend, self._runtime, root)
