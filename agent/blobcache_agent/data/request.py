@@ -77,7 +77,7 @@ def parse_head(head: bytes) -> Request:
     if block.count(b"\r\n") > HEADERS_MAX + 1:
         raise head_too_large(f"a request may have {HEADERS_MAX} header lines")
     is_http_1_0 = minor == b"0"
-    collector, keep_alive = _parse_headers(block, minor)
+    collector = _parse_headers(block, minor)
     _check_host(collector, is_http_1_0)
     _check_no_body(collector)
     if b"authorization" in collector.repeated:
@@ -93,13 +93,13 @@ def parse_head(head: bytes) -> Request:
     return Request(
         method=method.decode("ascii"),
         path=_origin_form(target.decode("ascii")),
-        keep_alive=keep_alive,
+        keep_alive=_keep_alive(collector.headers.get(b"connection", b""), is_http_1_0),
         is_http_1_0=is_http_1_0,
         headers={name: value.decode("latin-1") for name, value in collector.headers.items()},
     )
 
 
-def _parse_headers(block: bytes, minor: bytes) -> tuple[_HeaderCollector, bool]:
+def _parse_headers(block: bytes, minor: bytes) -> _HeaderCollector:
     """Have llhttp judge the header block, under a request line that raises no other question."""
     collector = _HeaderCollector()
     # A parser of its own for each head: none carries a state over from what came before.
@@ -116,7 +116,7 @@ def _parse_headers(block: bytes, minor: bytes) -> tuple[_HeaderCollector, bool]:
         raise bad_request("the header lines are malformed") from error
     if collector.heads_complete != 1 or consumed != len(data):
         raise bad_request("the header lines are malformed")
-    return collector, parser.should_keep_alive()
+    return collector
 
 
 def _check_host(collector: _HeaderCollector, is_http_1_0: bool) -> None:
@@ -141,6 +141,12 @@ def _check_no_body(collector: _HeaderCollector) -> None:
         raise bad_request("Content-Length must be one whole number")
     if not _CONTENT_LENGTH_ZERO.fullmatch(length):
         raise Rejection(413, "BodyNotAllowed", "a request here must not have a body", close=True)
+
+
+def _keep_alive(connection: bytes, is_http_1_0: bool) -> bool:
+    """RFC 9112 section 9.3. Not llhttp's word: it forgets it when the message is complete."""
+    options = {option.strip(b" \t").lower() for option in connection.split(b",")}
+    return b"close" not in options and (not is_http_1_0 or b"keep-alive" in options)
 
 
 def _origin_form(target: str) -> str:

@@ -7,9 +7,8 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
@@ -18,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from tests.unit.data.twin import TwinBlob, TwinEntry, content, running
 from tests.unit.data.wire import connected
 
-from blobcache_agent.data import tokens
+from blobcache_agent.data import jwt, tokens
 from blobcache_agent.data.catalog import Forbidden, NotReady, Unauthenticated
 from blobcache_agent.data.tokens import AllowAll, TokenAuth
 
@@ -307,14 +306,14 @@ def test_removed_keys_end_remembered_tokens() -> None:
 def test_verification_is_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """One verification serves many reads, and no more tokens than that are held."""
     verified = 0
-    original = tokens.jwt.verify
+    original = jwt.verify
 
-    def counting(*args: Any) -> dict[str, object]:
+    def counting(token: str, keys: Mapping[str, jwt.Key]) -> dict[str, object]:
         nonlocal verified
         verified += 1
-        return original(*args)
+        return original(token, keys)
 
-    monkeypatch.setattr(tokens.jwt, "verify", counting)
+    monkeypatch.setattr(jwt, "verify", counting)
     monkeypatch.setattr(tokens, "VERIFIED_MAX", 2)
     auth = auth_at()
     first, second, third = (f"Bearer {good(claims(sub=str(index)))}" for index in range(3))

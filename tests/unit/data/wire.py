@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 PATH = "/v1/blobs/team/models/blob"
 ANSWER_SECONDS_MAX = 30.0
 """A test that hangs fails; it is no bound on speed."""
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Return once it holds; for states that announce themselves to nobody."""
+    async with asyncio.timeout(ANSWER_SECONDS_MAX):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 @dataclass
