@@ -109,6 +109,9 @@ class HTTPStream(FetchStream):
             raise OriginUnreachable(f"origin '{self._host}' broke off in the body") from None
         except (aiohttp.ClientError, OSError) as error:
             raise translate(error, self._host) from None
+        except RuntimeError:
+            # How aiohttp says that this side closed the connection, as a shutdown does.
+            raise OriginUnreachable(f"the connection to origin '{self._host}' was closed") from None
 
     def _end(self, *, origin_failed: bool) -> None:
         on_end, self._on_end = self._on_end, None

@@ -8,6 +8,7 @@ signatures.
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from types import SimpleNamespace
@@ -71,7 +72,8 @@ def translate(error: Exception, host: str) -> BackendError:
     if isinstance(error, aiohttp.ClientConnectorError):
         if isinstance(error.os_error, RefusedAddressError):
             return OriginRefused(f"origin '{host}': {error.os_error}")
-        why = error.os_error.strerror or type(error.os_error).__name__
+        number = error.os_error.errno
+        why = os.strerror(number) if number else type(error.os_error).__name__
         return OriginUnreachable(f"origin '{host}' cannot be reached: {why}")
     if isinstance(error, aiohttp.InvalidURL):
         return OriginProtocolError(f"the address of origin '{host}' is not one to connect to")
