@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +23,15 @@ class KubeAccess:
     """
     One way to the API server.
 
-    Exactly one of `token_file` and `token` is set when the server wants a bearer token. The files
+    At most one of `token_file` and `token_source` is set: where a bearer token comes from. The files
     belong to the kubelet or the user; they are read, never written.
     """
 
     server: str
     ca_file: str | None = None
     token_file: Path | None = None
-    token: str | None = None
+    token_source: Callable[[], str | None] | None = None
+    """May run a plug-in, so it is called in a thread."""
     certificate_file: str | None = None
     key_file: str | None = None
     server_name: str | None = None
@@ -49,8 +51,10 @@ class KubeAccess:
 
     async def read_token(self) -> str | None:
         """Return the current bearer token."""
+        if self.token_source is not None:
+            return await asyncio.to_thread(self.token_source)
         if self.token_file is None:
-            return self.token
+            return None
         return (await asyncio.to_thread(self.token_file.read_text)).strip()
 
 
@@ -86,11 +90,17 @@ def from_kubeconfig(path: str | None) -> KubeAccess:
         raise SettingsError(
             f"no usable kubeconfig: {error}; name one with --kubeconfig or run in a pod"
         ) from error
-    authorization = str(loaded.api_key.get("authorization") or "")
+
+    def token() -> str | None:
+        # Version 37 of the client calls the key BearerToken, those before it authorization. Asking
+        # it anew renews the short-lived tokens of exec plug-ins.
+        found = loaded.get_api_key_with_prefix("BearerToken", alias="authorization")
+        return str(found).removeprefix("Bearer ") if found else None
+
     return KubeAccess(
         server=str(loaded.host).rstrip("/"),
         ca_file=loaded.ssl_ca_cert,
-        token=authorization.removeprefix("Bearer ") or None,
+        token_source=token,
         certificate_file=loaded.cert_file,
         key_file=loaded.key_file,
         server_name=loaded.tls_server_name,
