@@ -32,6 +32,8 @@ class Stage:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        for part in ("control-plane", "s3", "registry"):
+            (folder / part).mkdir()
         self.control_plane = ControlPlane(folder / "control-plane")
         self.s3 = S3Server(folder / "s3")
         self.registry = RegistryServer(folder=folder / "registry")
