@@ -29,7 +29,8 @@ async def read_token_issuer(kube: Kube) -> TokenIssuer:
         KubeError: They cannot be read, or what came is no key set.
     """
     configuration = await kube.get("/.well-known/openid-configuration")
-    found = await kube.get("/openid/v1/jwks")
+    # The server refuses to serve this path as plain JSON.
+    found = await kube.get("/openid/v1/jwks", accept="application/jwk-set+json")
     return parse_token_issuer(configuration, found)
 
 

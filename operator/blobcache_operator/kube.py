@@ -68,9 +68,11 @@ class Kube:
             await self._session.close()
             self._session = None
 
-    async def get(self, path: str, **parameters: str) -> JSONObject:
+    async def get(
+        self, path: str, *, accept: str = "application/json", **parameters: str
+    ) -> JSONObject:
         """Return one object."""
-        return await self._request("GET", path, parameters=parameters)
+        return await self._request("GET", path, parameters=parameters, accept=accept)
 
     async def create(self, path: str, body: JSONObject) -> JSONObject:
         """Create an object in a collection; an existing one is a `Conflict`."""

@@ -23,8 +23,8 @@ class KubeAccess:
     """
     One way to the API server.
 
-    At most one of `token_file` and `token_source` is set: where a bearer token comes from. The files
-    belong to the kubelet or the user; they are read, never written.
+    At most one of `token_file` and `token_source` is set: where a bearer token comes from. The
+    files belong to the kubelet or the user; they are read, never written.
     """
 
     server: str
