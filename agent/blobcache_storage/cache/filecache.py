@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from blobcache_storage.backend.base import BlobBackend, FetchStream
+from blobcache_storage.backend.base import BlobBackend
 from blobcache_storage.cache.base import (
     BlobCache,
     BlobCacheMgr,
@@ -30,11 +30,11 @@ from blobcache_storage.cache.base import (
 from blobcache_storage.cache.chunk_map import (
     CHUNK_SIZE_BYTES_MAX,
     CHUNK_SIZE_BYTES_MIN,
-    is_representable,
 )
 from blobcache_storage.cache.digest import WholeCheck, sha256_of
 from blobcache_storage.cache.disk import cache_error
 from blobcache_storage.cache.fill import Fetch, Origin
+from blobcache_storage.cache.finding import Finder, Remembered
 from blobcache_storage.cache.generation import Generation
 from blobcache_storage.cache.pools import Throttle, WorkerPool
 from blobcache_storage.cache.prefetch import Prefetcher
@@ -44,7 +44,6 @@ from blobcache_storage.cache.relay import Relay
 from blobcache_storage.cache.root import CacheRoot
 from blobcache_storage.cache.runtime import StorageRuntime
 from blobcache_storage.cache.scrub import Scrubber
-from blobcache_storage.cache.shared import SharedWork
 from blobcache_storage.cache.table import BlobTable
 from blobcache_storage.config import CacheConfig, ConfigV2
 from blobcache_storage.device import (
@@ -59,18 +58,13 @@ from blobcache_storage.errors import (
     CacheError,
     ConfigError,
     DigestMismatch,
-    RangeNotSatisfiable,
     StorageError,
 )
 
 COOL_DOWN_SECONDS = 30.0
 """After a failed write or sync nothing is stored for so long."""
-UNCACHEABLE_SECONDS = 60.0
-"""How long a blob without a validator is relayed without asking again whether it has one."""
 QUARANTINE_SECONDS = 60.0
 """How long a blob with the wrong digest is refused without asking the origin."""
-REMEMBERED_MAX = 4096
-"""Blobs remembered as uncacheable or quarantined."""
 READ_AHEAD_BYTES_MIN = 256 * 1024
 """First read-ahead of a reader whose requests follow one another; doubles with each."""
 
@@ -154,16 +148,23 @@ class FileCacheMgr(BlobCacheMgr):
         self.reclaimer = Reclaimer(root, self.table, self.origin.counters, cache)
         root.members[self._folder.name] = self.reclaimer
         self._handles: Counter[str] = Counter()
-        self._learning: dict[str, SharedWork[Generation | None]] = {}
         self._checks: dict[Generation, WholeCheck] = {}
-        self._uncacheable: dict[str, float] = {}
-        self._quarantined: dict[str, float] = {}
+        self._quarantined = Remembered(runtime.clock, QUARANTINE_SECONDS)
         self._cool_until = 0.0
         self._degraded: StorageError | None = None
         self._disk_problem: CacheError | None = None
         self._corrupt_logged = False
         self._destroyed = False
         self.throttle = Throttle(cache.prefetch.bytes_per_second_limit)
+        self.finder = Finder(
+            self.table,
+            self.origin,
+            self.reclaimer,
+            self.throttle,
+            runtime.clock,
+            self._chunk_size_bytes,
+            may_store=self._may_store,
+        )
         self._prefetcher = Prefetcher(self, runtime)
         self._scrubber = Scrubber(self.table, runtime, self.note_corrupt)
 
@@ -239,7 +240,7 @@ class FileCacheMgr(BlobCacheMgr):
         self, blob_id: str, sha256: bytes | None, request: RangeRequest, source: RequestSource
     ) -> BlobRead:
         self._check_quarantine(blob_id)
-        found = await self.find(blob_id, request, source)
+        found = await self.finder.find(blob_id, request, source)
         if found is None:
             return await self._relay_read(blob_id, sha256, request, source)
         generation, is_new = found
@@ -327,150 +328,11 @@ class FileCacheMgr(BlobCacheMgr):
             check = self._checks[generation] = WholeCheck(generation, sha256)
         return check
 
-    # -- finding out versions ----------------------------------------------------------------------
-
-    async def find(
-        self, blob_id: str, request: RangeRequest, source: RequestSource
-    ) -> tuple[Generation, bool] | None:
-        """Return the generation to read and whether it is new; None where only a relay can.
-
-        Raises:
-            StorageError: The origin does not tell the blob's version.
-        """
-        while True:
-            generation = await self.table.get(blob_id)
-            if generation is not None:
-                return generation, False
-            if not self._may_store() or self._is_remembered(self._uncacheable, blob_id):
-                return None
-            learning, leads = self._learning.get(blob_id), False
-            if learning is None:
-                leads = True
-                learning = SharedWork(self._learn(blob_id, request, source))
-                self._learning[blob_id] = learning
-            try:
-                generation = await learning.wait()
-            except RangeNotSatisfiable:
-                if leads:
-                    raise
-                continue  # somebody else's range; ours may be fine
-            if generation is None:
-                return None
-            if not generation.closed and not generation.retired:
-                return generation, leads
-
-    async def _learn(
-        self, blob_id: str, request: RangeRequest, source: RequestSource
-    ) -> Generation | None:
-        """Send the first request, which tells the version; its body fills the new generation."""
-        try:
-            stream = await self._first_answer(blob_id, request, source)
-            if stream is None:
-                version = await self._backend.stat(blob_id)
-            else:
-                version = stream.version
-            if not is_representable(blob_id, version, self._chunk_size_bytes):
-                self._remember(self._uncacheable, blob_id, UNCACHEABLE_SECONDS)
-                if stream is not None:
-                    await stream.aclose()
-                return None
-            generation = self.table.create(blob_id, version, self._chunk_size_bytes)
-            if stream is not None:
-                await self._fill_from(generation, stream, source)
-            return generation
-        except StorageError as error:
-            self._note_failure(error)
-            raise
-        finally:
-            self._learning.pop(blob_id, None)
-
-    async def _first_answer(
-        self, blob_id: str, request: RangeRequest, source: RequestSource
-    ) -> FetchStream | None:
-        """Ask for the range in whole chunks; None if the blob is empty."""
-        counters, size = self.origin.counters, self._chunk_size_bytes
-        segment = self.origin.pace.segment_bytes
-        if request.suffix_length is not None:
-            asked = RangeRequest(suffix_length=request.suffix_length + size)
-            if request.suffix_length == 0:
-                asked = RangeRequest(first=0, last=size - 1)
-        else:
-            first = (request.first or 0) // size * size
-            last = first + max(segment, size) - 1
-            if request.last is not None:
-                last = min(last, (request.last // size + 1) * size - 1)
-            asked = RangeRequest(first=first, last=last)
-        counters.origin_requests += 1
-        try:
-            return await self._backend.fetch(blob_id, asked, source=source)
-        except RangeNotSatisfiable as error:
-            if error.size_bytes == 0:
-                return None
-            raise
-        except StorageError:
-            counters.origin_errors += 1
-            raise
-
-    async def _fill_from(
-        self, generation: Generation, stream: FetchStream, source: RequestSource
-    ) -> None:
-        """Have an opened answer fill the chunks it covers."""
-        size = generation.chunk_size_bytes
-        first = -(-stream.span.start // size)
-        end = stream.span.end // size
-        if stream.span.end == generation.version.size_bytes:
-            end = generation.chunk_count
-        fetch = None
-        if first < end:
-            fetch = await self._start(generation, first, end, source, stream)
-        if fetch is None:
-            await stream.aclose()
-
     async def start_fetch(
         self, generation: Generation, first: int, end: int, source: RequestSource
     ) -> Fetch | None:
         """See `ReadOwner`."""
-        if not self._may_store():
-            return None
-        return await self._start(generation, first, end, source, None)
-
-    async def _start(
-        self,
-        generation: Generation,
-        first: int,
-        end: int,
-        source: RequestSource,
-        stream: FetchStream | None,
-    ) -> Fetch | None:
-        is_prefetch = source is RequestSource.PREFETCH
-        throttle = self.throttle if is_prefetch else None
-
-        def start() -> Fetch | None:
-            return Fetch.start(
-                generation,
-                self.origin,
-                first,
-                end,
-                source=source,
-                throttle=throttle,
-                stream=stream,
-            )
-
-        fetch = start()
-        if fetch is None and not is_prefetch:
-            # While room is made, this very generation must not be what goes.
-            generation.readers += 1
-            try:
-                await self.reclaimer.make_room(generation.disk_bytes(first, end))
-            finally:
-                generation.readers -= 1
-            first_taken = generation.first_taken(first, end)
-            if first_taken == first:
-                other = generation.fetches.get(first)
-                return other if isinstance(other, Fetch) and stream is None else None
-            end = first_taken
-            fetch = start()
-        return fetch
+        return await self.finder.start_fetch(generation, first, end, source)
 
     # -- what reads tell ---------------------------------------------------------------------------
 
@@ -489,7 +351,7 @@ class FileCacheMgr(BlobCacheMgr):
         """See `ReadOwner`."""
         if generation is not None:
             self.table.retire(generation)
-        self._remember(self._quarantined, blob_id, QUARANTINE_SECONDS)
+        self._quarantined.add(blob_id)
         self._note_failure(DigestMismatch(f"the blob '{blob_id}' has not the digest that names it"))
         _log.warning("Quarantined a blob of the wrong digest", extra={"blob_id": blob_id})
 
@@ -520,22 +382,8 @@ class FileCacheMgr(BlobCacheMgr):
     def _note_success(self) -> None:
         self._degraded = None
 
-    def _remember(self, table: dict[str, float], blob_id: str, seconds: float) -> None:
-        if len(table) >= REMEMBERED_MAX:
-            table.pop(next(iter(table)))
-        table[blob_id] = self._runtime.clock.monotonic() + seconds
-
-    def _is_remembered(self, table: dict[str, float], blob_id: str) -> bool:
-        until = table.get(blob_id)
-        if until is None:
-            return False
-        if self._runtime.clock.monotonic() < until:
-            return True
-        del table[blob_id]
-        return False
-
     def _check_quarantine(self, blob_id: str) -> None:
-        if self._is_remembered(self._quarantined, blob_id):
+        if blob_id in self._quarantined:
             raise DigestMismatch(f"the blob '{blob_id}' has not the digest that names it")
 
     # -- looking after itself ----------------------------------------------------------------------
@@ -552,7 +400,10 @@ class FileCacheMgr(BlobCacheMgr):
         budget = self._folder.budget
         if not budget.fits(0):
             await self.reclaimer.make_room(0)
-        await self._root.look_after()
+        try:
+            await self._root.look_after()
+        except OSError as error:
+            _log.warning("Could not look after the root", extra={"error": str(cache_error(error))})
         self._prefetcher.wake()
         self._scrubber.wake()
 

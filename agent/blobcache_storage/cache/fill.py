@@ -17,8 +17,8 @@ from blobcache_storage.backend.base import BlobBackend, FetchStream
 from blobcache_storage.cache.generation import ChunkBuffer, ChunkState, Generation
 from blobcache_storage.cache.pace import OriginPace
 from blobcache_storage.cache.pools import BufferPool, Throttle
-from blobcache_storage.device import RangeRequest, RequestSource
-from blobcache_storage.errors import BackendError, OriginProtocolError, StorageError
+from blobcache_storage.device import BlobVersion, RangeRequest, RequestSource
+from blobcache_storage.errors import BackendError, BlobChanged, OriginProtocolError, StorageError
 
 STALL_SECONDS = 2.0
 """Without progress for so long, a competing request is sent."""
@@ -302,6 +302,9 @@ class Fetch:
             origin.pace.observe_head(loop.time() - begun)
             begun = loop.time()
         async with stream:
+            if not _is_same(stream.version, generation.version):
+                # Backends check this too; a mixture of versions is what must never happen.
+                raise BlobChanged(f"the origin now has another '{generation.entry.blob_id}'")
             if stream.span.start > at.position:
                 raise OriginProtocolError("the origin's answer begins after what was asked for")
             self._note_head(stream)
@@ -404,6 +407,15 @@ class Fetch:
                     task.cancel()
         else:
             buffer.release()
+
+
+def _is_same(one: BlobVersion, other: BlobVersion) -> bool:
+    """Whether bytes of both are of the same version."""
+    return (one.size_bytes, one.validator, one.token) == (
+        other.size_bytes,
+        other.validator,
+        other.token,
+    )
 
 
 def _wake(waiters: list[asyncio.Future[None]]) -> None:

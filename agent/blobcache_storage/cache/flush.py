@@ -100,7 +100,7 @@ class Writer:
     async def finish(self) -> None:
         """Drain, and make the map durable too."""
         await self.drain()
-        map_fd = self._generation.map_fd
+        map_fd = self._generation.files.map_fd
         if self._map_dirty and map_fd >= 0:
             self._map_dirty = False
             disk = self._runtime.disk
@@ -180,14 +180,14 @@ class Writer:
         self, erase: Sequence[int], jobs: list[tuple[int, list[bytearray]]]
     ) -> None:
         generation, disk = self._generation, self._runtime.disk
-        generation.create_blocking()
+        generation.files.create()
         if erase:
-            disk.write_all(generation.map_fd, [NO_WHOLE_RECORD], WHOLE_RECORD_OFFSET)
+            disk.write_all(generation.files.map_fd, [NO_WHOLE_RECORD], WHOLE_RECORD_OFFSET)
         for first, end in runs(erase):
             nothing = bytes(slot_offset(end) - slot_offset(first))
-            disk.write_all(generation.map_fd, [nothing], slot_offset(first))
+            disk.write_all(generation.files.map_fd, [nothing], slot_offset(first))
         for offset, buffers in jobs:
-            disk.write_all(generation.data_fd, buffers, offset)
+            disk.write_all(generation.files.data_fd, buffers, offset)
 
     # -- sync and record ---------------------------------------------------------------------------
 
@@ -232,9 +232,9 @@ class Writer:
 
     def _sync_blocking(self, records: list[tuple[int, array[int]]]) -> None:
         generation, disk = self._generation, self._runtime.disk
-        disk.sync_data(generation.data_fd)
+        disk.sync_data(generation.files.data_fd)
         for first, slots in records:
-            disk.write_all(generation.map_fd, [encode_slots(slots)], slot_offset(first))
+            disk.write_all(generation.files.map_fd, [encode_slots(slots)], slot_offset(first))
 
     async def _record_whole(self) -> None:
         """Write the whole-blob record, after the slots it is about are durable."""
@@ -245,8 +245,8 @@ class Writer:
         record = encode_whole_record(generation.header.generation, sha256)
 
         def write() -> None:
-            disk.sync_data(generation.map_fd)
-            disk.write_all(generation.map_fd, [record], WHOLE_RECORD_OFFSET)
+            disk.sync_data(generation.files.map_fd)
+            disk.write_all(generation.files.map_fd, [record], WHOLE_RECORD_OFFSET)
 
         await self._runtime.flusher.run(write)
         self._map_dirty = True

@@ -19,25 +19,19 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import os
 from array import array
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from crc32c import crc32c
 
 from blobcache_storage.cache.budget import on_disk
 from blobcache_storage.cache.chunk_map import (
-    HEADER_SIZE_BYTES,
     MapHeader,
-    decode_header,
-    decode_slots,
-    decode_whole_record,
-    encode_header,
     seal_slot,
     slot_crc,
 )
+from blobcache_storage.cache.files import BlobFiles, FoundRecords
 from blobcache_storage.cache.flush import Writer, runs
 from blobcache_storage.cache.index import CatalogEntry
 from blobcache_storage.cache.pools import BufferPool
@@ -45,7 +39,7 @@ from blobcache_storage.cache.runtime import StorageRuntime
 from blobcache_storage.device import ByteRange
 
 if TYPE_CHECKING:
-    from blobcache_storage.cache.root import Folder
+    from blobcache_storage.cache.folder import Folder
 
 RESIDENT_READ_BYTES_MAX = 256 * 1024
 """Up to so many bytes are read in the loop if they are in the page cache: some 20 us."""
@@ -102,16 +96,6 @@ class ChunkSource(Protocol):
         """Return when its requests have ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedFiles:
-    """What opening an existing pair of files found."""
-
-    data_fd: int
-    map_fd: int
-    slots: array[int]
-    whole_sha256: bytes | None
-
-
 class Generation:
     """See the module. Made by the manager, one per version in use or idle but open.
 
@@ -139,8 +123,7 @@ class Generation:
         self.memory: dict[int, ChunkBuffer] = {}
         self.fetches: dict[int, ChunkSource] = {}
         self.readers = 0
-        self.data_fd = -1
-        self.map_fd = -1
+        self.files = BlobFiles(folder, entry.stem, self.header, runtime.disk)
         self.retired = False
         """No longer what the blob's id means; closed and forgotten once its readers are gone."""
         self.closed = False
@@ -315,7 +298,9 @@ class Generation:
         if length > RESIDENT_READ_BYTES_MAX:
             return None
         expected = self.expected_crc(index)
-        data = self.runtime.disk.read_resident(self.data_fd, length, index * self.chunk_size_bytes)
+        data = self.runtime.disk.read_resident(
+            self.files.data_fd, length, index * self.chunk_size_bytes
+        )
         if data is None or expected is None or crc32c(data) != expected:
             return None
         return data
@@ -349,11 +334,10 @@ class Generation:
     async def reconcile(self) -> None:
         """Count what the files really take, when nothing else changes it."""
         await self.writer.drain()
-        if self.fetches or self.data_fd < 0 or self.retired:
+        if self.fetches or self.files.data_fd < 0 or self.retired:
             return
-        disk, fds = self.runtime.disk, (self.data_fd, self.map_fd)
         counted = self.entry.bytes
-        real = await self.runtime.reader.run(lambda: sum(disk.allocated(fd) for fd in fds))
+        real = await self.runtime.reader.run(self.files.allocated_bytes)
         if self.entry.bytes != counted or self.fetches or self.writer.is_busy or self.retired:
             return  # it moved on meanwhile; the next pass will do
         if real > counted:
@@ -367,14 +351,9 @@ class Generation:
             crc is not None and self._read_blocking(index, crc) is not None for index, crc in wanted
         ]
 
-    def _read_blocking(self, index: int, crc: int) -> bytes | bytearray | None:
+    def _read_blocking(self, index: int, crc: int) -> bytes | None:
         """Return a chunk's bytes if they have that CRC."""
-        length = self.chunk_length(index)
-        try:
-            data = self.runtime.disk.read(self.data_fd, length, index * self.chunk_size_bytes)
-        except OSError:
-            return None  # an unreadable chunk is a wrong one: discarded and fetched again
-        return data if len(data) == length and crc32c(data) == crc else None
+        return self.files.read(index * self.chunk_size_bytes, self.chunk_length(index), crc)
 
     async def read_chunk(self, index: int) -> bytes | bytearray | memoryview | None:
         """Return a present chunk's bytes, checked; None if it is gone or proved wrong."""
@@ -427,33 +406,8 @@ class Generation:
 
     # -- opening and closing -----------------------------------------------------------------------
 
-    def load_blocking(self) -> LoadedFiles | None:
-        """Open existing files; None if they are missing, foreign, or of something else."""
-        disk, stem = self.runtime.disk, self.entry.stem
-        fds: list[int] = []
-        try:
-            directory = self.folder.directory()
-            fds.append(disk.open(f"{stem}.data", os.O_RDWR, dir_fd=directory))
-            fds.append(disk.open(f"{stem}.map", os.O_RDWR, dir_fd=directory))
-            page = disk.read(fds[1], HEADER_SIZE_BYTES, 0)
-            if decode_header(page) == self.header:
-                body = disk.read(fds[1], self.header.map_size_bytes, HEADER_SIZE_BYTES)
-                slots = decode_slots(self.header, body)
-                whole = decode_whole_record(self.header.generation, page)
-                return LoadedFiles(fds[0], fds[1], slots, whole)
-        except OSError:
-            pass  # the same as "nothing is here": the manager discards the entry
-        for fd in fds:
-            disk.close(fd)
-        return None
-
-    def take_descriptors(self, loaded: LoadedFiles) -> None:
-        """Take over opened files only to close them."""
-        self.data_fd, self.map_fd = loaded.data_fd, loaded.map_fd
-
-    def take_loaded(self, loaded: LoadedFiles) -> None:
-        """Take over opened files, and count what is really there."""
-        self.data_fd, self.map_fd = loaded.data_fd, loaded.map_fd
+    def take_loaded(self, loaded: FoundRecords) -> None:
+        """Take what the opened map says, and count what is really there."""
         self.slots = loaded.slots
         self.states = bytearray(_DURABLE if slot else _ABSENT for slot in loaded.slots)
         self.entry.complete = self.present_in(0, self.chunk_count) == self.chunk_count
@@ -466,31 +420,6 @@ class Generation:
         else:
             self.folder.budget.give_back(self.entry.bytes - counted)
         self.entry.bytes = counted
-
-    def create_blocking(self) -> None:
-        """Make the two files, the map with its header (first write only)."""
-        if self.data_fd >= 0:
-            return
-        disk, stem = self.runtime.disk, self.entry.stem
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        directory = self.folder.directory()
-        data_fd = disk.open(f"{stem}.data", flags, dir_fd=directory)
-        try:
-            map_fd = disk.open(f"{stem}.map", flags, dir_fd=directory)
-        except OSError:
-            disk.close(data_fd)
-            disk.unlink(f"{stem}.data", dir_fd=directory)
-            raise
-        try:
-            disk.write_all(map_fd, [encode_header(self.header)], 0)
-        except OSError:
-            disk.close(data_fd)
-            disk.close(map_fd)
-            self.folder.unlink(stem)
-            raise
-        # Both or neither: a reader in the loop sees descriptors only of whole files.
-        self.map_fd = map_fd
-        self.data_fd = data_fd
 
     @property
     def is_idle(self) -> bool:
@@ -513,12 +442,7 @@ class Generation:
     def _close(self) -> None:
         self.closed = True
         self.runtime.open_files.forget(self)
-        for fd in (self.data_fd, self.map_fd):
-            if fd >= 0:
-                # Closing may write back on some file systems, but never on local ones; the
-                # descriptors were synced before.
-                self.runtime.disk.close(fd)
-        self.data_fd = self.map_fd = -1
+        self.files.close()
         if self.retired:
             self.folder.budget.give_back(self.entry.bytes)
             self.entry.bytes = 0

@@ -11,7 +11,8 @@ from blobcache_storage.cache.index import CatalogEntry
 from blobcache_storage.cache.table import version_name
 
 if TYPE_CHECKING:
-    from blobcache_storage.cache.root import CacheRoot, Folder
+    from blobcache_storage.cache.folder import Folder
+    from blobcache_storage.cache.root import CacheRoot
 
 
 @dataclass(frozen=True, slots=True)

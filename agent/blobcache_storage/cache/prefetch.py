@@ -183,7 +183,7 @@ class Prefetcher:
         manager = self._manager
         await self._check_room(blob_id)
         request = RangeRequest(first=0)
-        found = await manager.find(blob_id, request, RequestSource.PREFETCH)
+        found = await manager.finder.find(blob_id, request, RequestSource.PREFETCH)
         if found is None:
             raise StorageError("the blob cannot be cached now: it has no validator, or no room")
         generation = found[0]
@@ -214,7 +214,7 @@ class Prefetcher:
                 stop = min(count, first + max(1, segment))
                 end = generation.first_taken(first, stop)
                 self._check_watermark(generation.disk_bytes(first, end))
-                fetch = await self._manager.start_fetch(
+                fetch = await self._manager.finder.start_fetch(
                     generation, first, end, RequestSource.PREFETCH
                 )
                 if fetch is None:

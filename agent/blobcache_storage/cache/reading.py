@@ -226,7 +226,7 @@ class CachedRead(BlobRead):
             return None
         self._position = span.end
         self._count(span.start, span.length)
-        return FileSpan(generation.data_fd, span.start, span.length)
+        return FileSpan(generation.files.data_fd, span.start, span.length)
 
     @override
     def pieces(self) -> AsyncIterator[Piece]:
@@ -329,7 +329,7 @@ class CachedRead(BlobRead):
         start = self._position
         self._position += length
         self._count(start, length)
-        return FileSpan(generation.data_fd, start, length)
+        return FileSpan(generation.files.data_fd, start, length)
 
     async def _verify(self, index: int, end: int) -> None:
         """Verify recorded chunks, so that they may be sent from the file."""

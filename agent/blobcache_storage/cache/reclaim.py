@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 RECENT_SECONDS = 0.0
 """The hard limits hold at once: what is idle may go however lately it was read."""
 
+FUTILE_SECONDS = 1.0
+"""After nothing more could be evicted, room is not looked for again for so long."""
+
 
 def watermark_bytes(capacity_bytes: int, percent: int) -> int:
     """Return a watermark in bytes."""
@@ -35,6 +38,7 @@ class Reclaimer:
         self._table = table
         self._counters = counters
         self.cache = cache
+        self._futile_until = 0.0
         self._working: SharedWork[None] | None = None
 
     def candidates(self) -> list[Candidate]:
@@ -69,6 +73,8 @@ class Reclaimer:
 
         One at a time: those who come meanwhile wait for it and reserve then.
         """
+        if self._root.runtime.clock.monotonic() < self._futile_until:
+            return
         if self._working is None:
             self._working = SharedWork(self._make_room(length))
         await self._working.wait()
@@ -81,6 +87,9 @@ class Reclaimer:
                 await self._evict_down_to(min(low, capacity - length))
             if not self._root.budget.has_room(length):
                 await self._root.make_room(length)
+            if not (budget.fits(length) and self._root.budget.has_room(length)):
+                # All there is is in use or protected: do not plan anew for every reader.
+                self._futile_until = self._root.runtime.clock.monotonic() + FUTILE_SECONDS
         finally:
             self._working = None
 

@@ -19,7 +19,7 @@ from blobcache_storage.cache.shared import SharedWork
 from blobcache_storage.device import BlobVersion
 
 if TYPE_CHECKING:
-    from blobcache_storage.cache.root import Folder
+    from blobcache_storage.cache.folder import Folder
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class BlobTable:
         self._retired: set[Generation] = set()
         self._loading: dict[str, SharedWork[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     # -- finding -----------------------------------------------------------------------------------
 
@@ -80,14 +81,12 @@ class BlobTable:
     async def _load(self, entry: CatalogEntry) -> None:
         generation = self._new(entry)
         try:
-            loaded = await self._runtime.reader.run(generation.load_blocking)
+            loaded = await self._runtime.reader.run(generation.files.load)
         finally:
             self._loading.pop(entry.blob_id, None)
         if self.folder.entries.get(entry.blob_id) is not entry:
             # Evicted meanwhile: the descriptors are of unlinked files.
-            if loaded is not None:
-                generation.take_descriptors(loaded)
-                generation.close_if_idle()
+            generation.files.close()
         elif loaded is None:
             del self.folder.entries[entry.blob_id]
             await self.remove_files(entry)
@@ -126,7 +125,7 @@ class BlobTable:
         """Note the end of a read: closes what is retired, forgets what holds nothing."""
         if generation.readers or generation.fetches:
             return
-        if generation.retired:
+        if generation.retired or self._closing:
             if generation.close_if_idle():
                 self._retired.discard(generation)
         elif not generation.present_in(0, generation.chunk_count) and generation.is_idle:
@@ -211,6 +210,7 @@ class BlobTable:
 
     async def close(self) -> None:
         """Make everything written durable and close all files; nothing may be read any more."""
+        self._closing = True
         for generation in self.open_generations():
             for source in set(generation.fetches.values()):
                 source.cancel()
