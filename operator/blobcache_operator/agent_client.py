@@ -163,7 +163,7 @@ class AgentClient:
         except TimeoutError as error:
             raise AgentError(
                 "AgentTimeout",
-                f"The agent gave no answer within {seconds:.0f} s. See its log and its node's load.",
+                f"The agent did not answer within {seconds:.0f} s. See its log, and the node.",
             ) from error
         except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError) as error:
             raise AgentError(
