@@ -14,10 +14,11 @@ import socket
 import ssl
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Any, Final
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.connector import Connection
 from typing_extensions import override
 
 from blobcache_storage.errors import ConfigError, OriginRefused
@@ -214,9 +215,35 @@ def _address_text(sockaddr: tuple[object, ...]) -> str:
     return f"{host}%{zone}" if zone and "%" not in host else host
 
 
+class CheckedConnector(aiohttp.TCPConnector):
+    """Checks a connection once more as it is handed out: a kept one may be older than a denial."""
+
+    policy: AddressPolicy
+
+    @override
+    async def connect(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list[Any],
+        timeout: aiohttp.ClientTimeout,
+    ) -> Connection:
+        connection = await super().connect(req, traces, timeout)
+        transport = connection.transport
+        peer = transport.get_extra_info("peername") if transport is not None else None
+        if not peer:
+            return connection
+        why = self.policy.refusal(str(peer[0]))
+        if why is not None:
+            connection.close()
+            raise OriginRefused(
+                f"the address {peer[0]} of origin '{req.url.host}' is refused: {why}"
+            )
+        return connection
+
+
 def open_connector(
     policy: AddressPolicy, resolver: CheckedResolver, tls: ssl.SSLContext
-) -> aiohttp.TCPConnector:
+) -> CheckedConnector:
     """Return a connector that dials permitted addresses only; needs a running loop.
 
     It bounds nothing by itself: how many connections an origin gets is `manners`' business, which
@@ -235,7 +262,7 @@ def open_connector(
         assert isinstance(proto, int)
         return socket.socket(family, kind, proto)
 
-    return aiohttp.TCPConnector(
+    connector = CheckedConnector(
         resolver=resolver,
         socket_factory=make_socket,
         ssl=tls,
@@ -243,3 +270,5 @@ def open_connector(
         ttl_dns_cache=DNS_CACHE_SECONDS,
         keepalive_timeout=KEEPALIVE_SECONDS,
     )
+    connector.policy = policy
+    return connector

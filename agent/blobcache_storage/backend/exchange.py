@@ -155,7 +155,7 @@ class Exchange:
         to_connect = 2 * self.connect_timeout_seconds
         try:
             async with asyncio.timeout(to_connect) as deadline:
-                response = await self._open_session().request(
+                return await self._open_session().request(
                     method,
                     url,
                     headers=headers,
@@ -167,21 +167,6 @@ class Exchange:
                 )
         except (aiohttp.ClientError, OSError) as error:
             raise translate(error, host_of(url)) from None
-        self._check_peer(response)
-        return response
-
-    def _check_peer(self, response: aiohttp.ClientResponse) -> None:
-        """Check the address again: a kept connection may be older than what is denied now."""
-        connection = response.connection
-        transport = connection.transport if connection is not None else None
-        peer = transport.get_extra_info("peername") if transport is not None else None
-        if not peer:
-            return
-        try:
-            self._policy.check(str(peer[0]), host_of(response.url))
-        except OriginRefused:
-            response.close()
-            raise
 
     async def send(
         self,
