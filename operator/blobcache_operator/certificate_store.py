@@ -88,7 +88,11 @@ class CertificateStore:
         make = certificates.operator_leaf if name == OPERATOR_SECRET else certificates.agent_leaf
         leaf = make(authority, now)
         await self._write(name, leaf.to_secret(), version)
-        log.info("Certificate issued", secret=name, expires=certificates.expiry(leaf.certificate))
+        log.info(
+            "Certificate issued",
+            secret=name,
+            expires=certificates.expiry(leaf.certificate).isoformat(),
+        )
         return leaf
 
     async def _read(self, name: str) -> tuple[dict[str, bytes] | None, str | None]:

@@ -75,6 +75,7 @@ class Lister:
         environment: Mapping[str, str],
     ) -> None:
         self._kube = kube
+        self.namespace = namespace
         self._by_hand = by_hand
         self._slices_selector = f"{SERVICE_LABEL}={service}"
         self.slices_path = f"/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"

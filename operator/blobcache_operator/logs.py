@@ -44,4 +44,6 @@ def configure_logging(level: str, *, as_json: bool | None = None) -> None:
     root.setLevel(level)
     # kopf tells its own life at info, and object bodies at debug.
     logging.getLogger("kopf").setLevel(logging.WARNING)
+    # It warns of running outside the main thread, which is on purpose; see `wakeups`.
+    logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)

@@ -91,7 +91,11 @@ class Leader:
         self._writer = StatusWriter(kube, term, bucket, self._note_missing)
         self._events = EventPoster(kube, bucket, identity)
         self._node_objects = NodeObjects(kube, term, bucket)
-        self._secrets = SecretReader(kube, interval_seconds=settings.secret_seconds)
+        self._secrets = SecretReader(
+            kube,
+            interval_seconds=settings.secret_seconds,
+            operator_namespace=lister.namespace,
+        )
         self._deletions = Deletions(settings.drop_confirm_seconds)
         self._guard = DropGuard(settings.drop_confirm_seconds)
         self._traffic = TrafficLedger()
@@ -280,7 +284,8 @@ class Leader:
         listed = {config.uid for config in listing.configs}
         for node, agent in self.fleet.agents().items():
             wanted = plan.nodes.get(node)
-            if wanted is None or not agent.facts.is_asked:
+            # Without a report it is unknown what the node has, and so what it would lose.
+            if wanted is None or agent.facts.report is None:
                 continue
             known = agent.pushed_uids
             lost = known - {config.uid for config in wanted.configs}

@@ -95,6 +95,7 @@ class AgentTask:
         self._commons = Commons()
         self._state: DesiredState | None = None
         self._revision = 0
+        self._taken_uids: set[str] | None = None
         self._planned = asyncio.Event()
         self._reported = asyncio.Event()
         self._report_failures = 0
@@ -103,9 +104,9 @@ class AgentTask:
 
     @property
     def pushed_uids(self) -> set[str]:
-        """Uids of the configs the agent surely was sent in this leadership, else says it has."""
-        if self._plan is not None:
-            return {config.uid for config in self._plan.configs}
+        """Uids of the configs the agent took in this leadership, else says it has."""
+        if self._taken_uids is not None:
+            return self._taken_uids
         report = self.facts.report
         return set(report.configs) if report else set()
 
@@ -212,6 +213,7 @@ class AgentTask:
             if item.uid in wanted and not item.applied
         }
         self._push_failures = 0
+        self._taken_uids = wanted
         self._update(refusals=refusals, push_failure=None)
 
     async def _report_loop(self) -> None:
@@ -233,10 +235,13 @@ class AgentTask:
                 await asyncio.sleep(_backoff(self._report_failures))
                 continue
             after, wait = report.change, REPORT_WAIT_SECONDS
-            if self.facts.failure is not None:
-                self._planned.set()  # it is back, perhaps with nothing: tell it now
+            facts = condense(report)
+            before = self.facts.report
+            is_new = before is not None and before.incarnation != facts.incarnation
+            if self.facts.failure is not None or is_new:
+                self._planned.set()  # it is back, perhaps without credentials: push now
             self._report_failures = 0
-            self._update(failure=None, report=condense(report), is_asked=True)
+            self._update(failure=None, report=facts, is_asked=True)
             self._reported.set()
             await self._evict(report)
             await asyncio.sleep(max(0.0, REPORT_INTERVAL_SECONDS_MIN - (loop.time() - started)))

@@ -45,10 +45,12 @@ class SecretReader:
     Args:
         kube: The API server.
         interval_seconds: Age at which a Secret is read again.
+        operator_namespace: For messages.
     """
 
-    def __init__(self, kube: Kube, *, interval_seconds: float) -> None:
+    def __init__(self, kube: Kube, *, interval_seconds: float, operator_namespace: str) -> None:
         self._kube = kube
+        self._operator_namespace = operator_namespace
         self._interval_seconds = interval_seconds
         self._known: dict[SecretName, _Known] = {}
         self._read_time: dict[SecretName, float] = {}
@@ -111,7 +113,9 @@ class SecretReader:
         except errors.NotFound:
             self._known[name] = _Known(failure=_not_found(namespace, secret))
         except errors.Forbidden:
-            self._known[name] = _Known(failure=_forbidden(namespace, secret))
+            self._known[name] = _Known(
+                failure=_forbidden(namespace, secret, self._operator_namespace)
+            )
         except errors.KubeError as error:
             since = self._unreadable_since.setdefault(name, loop.time())
             if name in self._known:
@@ -165,10 +169,11 @@ def _not_found(namespace: str, name: str) -> Failure:
     )
 
 
-def _forbidden(namespace: str, name: str) -> Failure:
+def _forbidden(namespace: str, name: str, operator_namespace: str) -> Failure:
     return Failure(
         "SecretForbidden",
         f"The operator may not read Secret '{namespace}/{name}'. The administrator adds "
-        f"'{namespace}' to the chart's `secretNamespaces`; check by: kubectl auth can-i get "
-        f"secrets/{name} -n {namespace} --as=system:serviceaccount:OPERATOR_NAMESPACE:OPERATOR",
+        f"'{namespace}' to the chart's `secretNamespaces`, or: kubectl -n {namespace} create "
+        "rolebinding blobcache-operator-secrets --clusterrole=blobcache-operator-secrets "
+        f"--serviceaccount={operator_namespace}:blobcache-operator",
     )
