@@ -167,7 +167,9 @@ class _Loading:
         key = (place.namespace, place.name)
         is_usable = self._is_well_named(place)
         if key in self._configs:
-            self.problems.append(f"{place}: must be given once; also in {self._configs[key][0].file}")
+            self.problems.append(
+                f"{place}: must be given once; also in {self._configs[key][0].file}"
+            )
             is_usable = False
         wanted = {field: value for field, value in body.items() if field != "status"}
         try:
@@ -183,7 +185,9 @@ class _Loading:
         known = len(self.problems)
         self._is_well_named(place)
         if key in self._secrets:
-            self.problems.append(f"{place}: must be given once; also in {self._secrets[key].place.file}")
+            self.problems.append(
+                f"{place}: must be given once; also in {self._secrets[key].place.file}"
+            )
         self.problems += [
             f"{place}: `{str(field)[:64]}` is not a field of a Secret"
             for field in body

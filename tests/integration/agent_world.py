@@ -352,4 +352,9 @@ class _NamedConnection(http.client.HTTPSConnection):
 
     def connect(self) -> None:
         http.client.HTTPConnection.connect(self)
-        self.sock = self._named_context.wrap_socket(self.sock, server_hostname=AGENT)
+        plain = self.sock
+        try:
+            self.sock = self._named_context.wrap_socket(plain, server_hostname=AGENT)
+        except OSError:
+            plain.close()
+            raise

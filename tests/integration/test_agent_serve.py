@@ -262,8 +262,7 @@ def test_evictions(world: World) -> None:
     world.origin.blobs["slow"] = content("slow", 3_000_000)
     world.push(5, 1, world.web())
     assert world.read("demo/web/a/b").status == 200
-    found = {item["blobID"]: item for item in world.operator.report()["candidates"]}
-    cold = victim(found["a/b"])
+    cold = victim(wait_until_idle(world, "a/b"))
 
     world.origin.pause_seconds = 0.05
     connection = http.client.HTTPConnection("127.0.0.1", world.agent.data_port, timeout=60)
@@ -299,6 +298,19 @@ def test_evictions(world: World) -> None:
     assert world.read("demo/web/a/b").cache_status == "fwd=miss; stored"
 
 
+def wait_until_idle(world: World, blob_id: str) -> dict[str, Any]:
+    """Return a candidate once what was fetched is written: until then it is in use."""
+    found: dict[str, Any] = {}
+
+    def is_idle() -> bool:
+        candidates = world.operator.report()["candidates"]
+        found.update(next(item for item in candidates if item["blobID"] == blob_id))
+        return not found["inUse"]
+
+    assert poll_until(is_idle, timeout=10)
+    return found
+
+
 def victim(candidate: dict[str, Any]) -> dict[str, Any]:
     """Return a candidate as a victim, however lately it was read."""
     return {
@@ -314,7 +326,7 @@ def test_pinned_blobs_are_spared(world: World) -> None:
     """A plan made before the pin does not win over it."""
     world.push(5, 1, world.web(spec={"eviction": {"pinned": ["a/b"]}}))
     assert world.read("demo/web/a/b").status == 200
-    (candidate,) = world.operator.report()["candidates"]
+    candidate = wait_until_idle(world, "a/b")
     assert candidate["pinned"]
     (result,) = world.operator.evict(victim(candidate))
     assert result["outcome"] == "pinned"
