@@ -195,6 +195,9 @@ class Connection(asyncio.BufferedProtocol):
                     return
                 head = self._next_head()
                 self._listen_again()
+                if head is not None:
+                    # A pipeline of hits must not take the loop for itself.
+                    await asyncio.sleep(0)
             self._await_request()
         except Exception as error:
             # Whatever it is, it must not leave a reader waiting for the rest of an answer.

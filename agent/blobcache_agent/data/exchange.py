@@ -53,8 +53,9 @@ class Exchange:
         self._name = ""
         self._blob_id = ""
         self._cache_status = ""
-        self._status = 0
-        """Of the head that was begun; 0 before."""
+        self._status = READER_GONE_STATUS
+        """Of the head that is being sent; means nothing before `has_begun`."""
+        self._sent_before_bytes = outlet.sent_bytes
         self._reason = ""
         self._body_bytes = 0
         self._aborted = False
@@ -65,7 +66,7 @@ class Exchange:
     @property
     def has_begun(self) -> bool:
         """Whether a head was handed to the socket, at least in part."""
-        return self._status != 0
+        return self._outlet.sent_bytes > self._sent_before_bytes
 
     async def run(self, head: bytes | Rejection, *, may_keep_alive: bool) -> None:
         """Answer a head, or the rejection of what should have been one.
@@ -271,7 +272,7 @@ class Exchange:
         self._services.observer.on_response(
             ResponseRecord(
                 method=self._method,
-                status=self._status or READER_GONE_STATUS,
+                status=self._status if self.has_begun else READER_GONE_STATUS,
                 reason=self._reason,
                 namespace=self._namespace,
                 name=self._name,

@@ -54,7 +54,7 @@ class Limits:
 
     @property
     def sweep_seconds(self) -> float:
-        """How often connections are looked at; at most every second's time-out is missed by 1/4."""
+        """How often connections are looked at: once a second, more often for short time-outs."""
         shortest = min(
             self.head_timeout_seconds,
             self.idle_timeout_seconds,

@@ -2,9 +2,11 @@
 
 File bytes are read into one buffer that all connections of a server share, from the page cache
 only (`RWF_NOWAIT`), and written to the socket at once; what the socket does not take is read again
-when it does. So a slow reader costs `write_buffer_bytes` of memory, not a block. On 6.18 this is
-as fast as `os.sendfile` at 256 KiB and 1.5 times as fast from 1 MiB on (the buffer stays in the
-processor's cache), and unlike sendfile it can never wait for a disk in the loop.
+when it does. So a slow reader costs `write_buffer_bytes` of memory, not a block, and the loop never
+waits for a disk, as it would in `os.sendfile`. Measured on loopback, kernel 6.18, against a loop of
+os.sendfile: 0.8 times as fast at 256 KiB, 1.5 times at 1 MiB, 1.7 times at 16 MiB, since the buffer
+stays in the processor's cache and the reader copies from there. The server alone spends more
+processor time on large bodies than with sendfile, server and reader together a quarter less.
 """
 
 from __future__ import annotations
