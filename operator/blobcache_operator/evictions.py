@@ -12,7 +12,8 @@ from blobcache_api.agent import VICTIMS_MAX, Candidate, EvictionRequest, Report,
 from blobcache_api.v1alpha1.config import BlobCacheConfigSpec, EvictionPolicy
 from blobcache_storage import eviction as planner
 
-RECENT_SECONDS = 60.0
+# A reader of many ranges is between two of them no longer than this.
+RECENT_SECONDS = 15.0
 NODE_HIGH_WATERMARK_PERCENT = 90
 NODE_LOW_WATERMARK_PERCENT = 80
 

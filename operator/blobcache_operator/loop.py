@@ -153,7 +153,7 @@ class Leader:
             try:
                 await self._look()
                 failures = 0
-                pause = min(RELIST_SECONDS, self._settings.secret_seconds)
+                pause = min(RELIST_SECONDS, self._secrets.seconds_until_due())
             except errors.KubeError as error:
                 failures += 1
                 pause = min(LIST_RETRY_SECONDS_MAX, 0.5 * 2.0 ** min(failures, 10))

@@ -21,6 +21,8 @@ from blobcache_operator.snapshot import ConfigFacts, CredentialFacts, Failure
 READS_AT_ONCE_MAX = 8
 # So long a Secret that cannot be read holds back the first plan; then its config goes without.
 UNREADABLE_SECONDS_MAX = 60.0
+# Somebody is likely mending what is missing or unusable, and waits.
+PROBLEM_INTERVAL_SECONDS = 10.0
 
 SecretName = tuple[str, str]
 
@@ -54,6 +56,8 @@ class SecretReader:
         self._interval_seconds = interval_seconds
         self._known: dict[SecretName, _Known] = {}
         self._read_time: dict[SecretName, float] = {}
+        self._users: dict[SecretName, frozenset[tuple[str, int]]] = {}
+        """Uid and generation of the configs that a Secret was last read for."""
         self._unreadable_since: dict[SecretName, float] = {}
         self._slots = asyncio.Semaphore(READS_AT_ONCE_MAX)
 
@@ -68,22 +72,43 @@ class SecretReader:
             KubeUnavailable: A Secret that was never read cannot be read, for less than
                 `UNREADABLE_SECONDS_MAX`: agents may have its credentials, so no plan yet.
         """
-        names = {name for config in configs if (name := secret_name(config))}
-        for gone in self._known.keys() - names:
+        users: dict[SecretName, set[tuple[str, int]]] = {}
+        for config in configs:
+            if (name := secret_name(config)) is not None:
+                users.setdefault(name, set()).add((config.uid, config.generation))
+        for gone in self._known.keys() - users.keys():
             del self._known[gone]
         now = asyncio.get_running_loop().time()
+        # Who changes a config has often just changed its Secret, too.
         due = [
             name
-            for name in sorted(names)
-            if name not in self._known
-            or now - self._read_time.get(name, float("-inf")) >= self._interval_seconds
+            for name in sorted(users)
+            if self._due_time(name) <= now or self._users.get(name) != users[name]
         ]
         before = dict(self._known)
+        self._users = {name: frozenset(found) for name, found in users.items()}
         answers = await asyncio.gather(*(self._read(name) for name in due), return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
         return before != self._known
+
+    def seconds_until_due(self) -> float:
+        """Return when the next Secret is to be read, at most the interval from now."""
+        now = asyncio.get_running_loop().time()
+        next_time = min(map(self._due_time, self._users), default=now + self._interval_seconds)
+        return min(max(next_time - now, 0.0), self._interval_seconds)
+
+    def _due_time(self, name: SecretName) -> float:
+        known = self._known.get(name)
+        if known is None:
+            return float("-inf")
+        labels = known.labels or {}
+        is_usable = known.failure is None and labels.get(rules.LABEL) == "true"
+        interval = self._interval_seconds
+        if not is_usable:
+            interval = min(interval, PROBLEM_INTERVAL_SECONDS)
+        return self._read_time.get(name, float("-inf")) + interval
 
     def find(self, config: ConfigFacts) -> CredentialFacts:
         """Return a config's credentials as of the last refresh."""

@@ -38,9 +38,9 @@ class Play:
         self._read_hot()
         self._rotate()
         self._prefetch()
-        self._read_with_new_key()
         self._evict()
         self._delete()
+        self._read_with_new_key()
         self._show_status()
 
     def _set_up(self) -> None:
@@ -157,9 +157,13 @@ class Play:
     def _evict(self) -> None:
         title = "Less capacity: the operator publishes a plan, agents evict"
         with self._narrator.step(title):
-            total = len(SHARDS) * SHARD_BYTES
+            total = (len(SHARDS) - 1) * SHARD_BYTES
             capacity = f"{total * 100 // 96 // MIB}Mi"
             self._patch("models", {"spec": {"cache": {"capacity": capacity}}})
+            self._wait_for(
+                "eviction on every agent",
+                lambda: all(self._cached_bytes(agent, "models") < total for agent in self._agents),
+            )
             self._wait_for("an eviction in the status", self._has_evicted)
             self._narrator.show(json.dumps(self._status("models")["eviction"], indent=2))
             for agent in self._agents:
