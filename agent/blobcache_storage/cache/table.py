@@ -96,7 +96,12 @@ class BlobTable:
             self._runtime.open_files.touch(generation)
 
     def _new(self, entry: CatalogEntry) -> Generation:
-        return Generation(self.folder, entry, self._runtime, on_disk_error=self._on_disk_error)
+        def on_disk_error(error: OSError) -> None:
+            self._on_disk_error(error)
+            self.release(generation)  # it may hold nothing any more
+
+        generation = Generation(self.folder, entry, self._runtime, on_disk_error=on_disk_error)
+        return generation
 
     def create(self, blob_id: str, version: BlobVersion, chunk_size_bytes: int) -> Generation:
         """Return a new generation, which is the blob's current one from now on."""
@@ -208,6 +213,11 @@ class BlobTable:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def settled(self) -> None:
+        """Return when no work is left in the background."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
     async def close(self) -> None:
         """Make everything written durable and close all files; nothing may be read any more."""
         self._closing = True
@@ -215,8 +225,7 @@ class BlobTable:
             for source in set(generation.fetches.values()):
                 source.cancel()
                 await source.settle()
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self.settled()
         for generation in self.open_generations():
             await generation.writer.finish()
         self.close_idle(None)

@@ -44,6 +44,25 @@ async def collect(read: BlobRead) -> bytes:
     return b"".join(parts)
 
 
+class FakeClock:
+    """A clock that goes when told."""
+
+    def __init__(self) -> None:
+        self._now = 1_000_000.0
+
+    def time(self) -> float:
+        """Return unix seconds."""
+        return self._now
+
+    def monotonic(self) -> float:
+        """Return the same."""
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self._now += seconds
+
+
 class Rig:
     """See the module."""
 
@@ -56,20 +75,22 @@ class Rig:
         backend: MemoryBackend | None = None,
         capacity_bytes: int | None = None,
         min_free_bytes: int = 0,
+        capacity_bytes_config: int | None = None,
         **cache: object,
     ) -> None:
         self.directory = directory
+        cache["capacity_bytes"] = capacity_bytes_config
         self.config = make_config(**cache)
         self.oracle = ByteOracle(7)
         self.backend = backend or MemoryBackend()
         self._disk = disk
-        self._clock = clock
+        self.clock = clock
         self._capacity_bytes = capacity_bytes
         self._min_free_bytes = min_free_bytes
 
     async def start(self) -> Rig:
         """Open root and manager."""
-        self.runtime = StorageRuntime(disk=self._disk, clock=self._clock)
+        self.runtime = StorageRuntime(disk=self._disk, clock=self.clock)
         self.root = await asyncio.to_thread(
             CacheRoot.open,
             str(self.directory),
@@ -112,6 +133,11 @@ class Rig:
         """Wait until everything fetched is recorded."""
         for generation in self.manager.table.open_generations():
             await generation.writer.drain()
+
+    async def settled(self) -> None:
+        """Wait until retired generations are gone from the disk."""
+        await self.durable()
+        await self.manager.table.settled()
 
 
 __all__ = ["CHUNK", "BlobBackend", "Rig", "collect", "make_config"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from tests.unit.cache.rig import CHUNK, Rig, collect
 
 from blobcache_storage.cache.base import CacheStatus, EvictionOutcome, Victim
 from blobcache_storage.device import BlobInfo, RangeRequest
@@ -17,7 +18,6 @@ from blobcache_storage.errors import (
     RangeNotSatisfiable,
 )
 from blobcache_storage.testing.memory_backend import Fault
-from tests.unit.cache.rig import CHUNK, Rig, collect
 
 
 async def test_miss_then_hit_reads_the_same_bytes_once_from_the_origin(rig: Rig) -> None:
