@@ -111,6 +111,22 @@ class Configs:
             raise NotReady("NotApplied", f"`{namespace}/{name}` is being applied; try again")
         return found
 
+    async def check(self, wanted: Sequence[Wanted]) -> list[str]:
+        """Return what stands against this set, without changing anything: one line each."""
+        problems = []
+        for item in wanted:
+            try:
+                config = self._translate(item)
+                backend = self._factory.new_backend(config.get_backend_config(), "")
+            except (Refusal, StorageError) as error:
+                problems.append(f"{item.place or item.resource.id}: {error}")
+            else:
+                await backend.shutdown()
+        return problems
+
+    def _translate(self, wanted: Wanted) -> ConfigV2:
+        return translate(wanted.resource, wanted.credentials, self._permissions, self._cache_root)
+
     async def replace(self, wanted: Sequence[Wanted]) -> list[Running]:
         """Make this set the one in force and return it, in the same order.
 
@@ -142,9 +158,7 @@ class Configs:
 
     async def _apply(self, running: Running, wanted: Wanted) -> None:
         try:
-            config = translate(
-                wanted.resource, wanted.credentials, self._permissions, self._cache_root
-            )
+            config = self._translate(wanted)
             manager = await self._factory.ensure_manager(config)
         except Refusal as refusal:
             await self._refuse(running, wanted, refusal)

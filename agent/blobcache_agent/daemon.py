@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 from aiohttp import web
+from prometheus_client import Gauge
 
 from blobcache_agent import __version__
 from blobcache_agent.apply import ClusterNode
@@ -173,7 +175,14 @@ class Agent:
         except OSError as error:
             raise listen_error(address, "--listen", error) from error
         self._server = server
+        connections = Gauge(
+            "blobcache_agent_connections", "Readers connected now.", registry=self.registry
+        )
+        connections.set_function(lambda: server.connections)
         self._stack.push_async_callback(self._finish_data)
+        # What was made until now lives as long as the process: the collector need not walk it.
+        gc.collect()
+        gc.freeze()
         log.info("Listens for readers", address=host, port=self._data_port)
 
     def stop_data(self) -> None:
@@ -288,14 +297,11 @@ async def _standalone(settings: StandaloneSettings) -> None:
         agent = Agent(settings, policy, AllowAll(), stack)
         await agent.open()
         await agent.start_health(lambda: (0, 0))
-        wanted = await asyncio.to_thread(load, settings.files, settings.permissions)
-        for running in await agent.configs.replace(wanted):
-            if running.refusal is not None:
-                raise UsageError([f"{running.wanted.resource.id}: {running.refusal.message}"])
+        await _load_and_apply(settings, agent)
         await agent.start_data()
         reloading = asyncio.create_task(_reload_when_asked(settings, agent, asked))
         stack.push_async_callback(_cancel, reloading)
-        log.info("Serves standalone", configs=len(wanted), version=__version__)
+        log.info("Serves standalone", version=__version__)
         await signals.wait_for_stop()
         agent.stop_data()
     log.info("Stopped")
@@ -309,13 +315,24 @@ async def _reload_when_asked(
         await asked.wait()
         asked.clear()
         try:
-            wanted = await asyncio.to_thread(load, settings.files, settings.permissions)
+            await _load_and_apply(settings, agent)
         except UsageError as error:
             log.warning("Kept the configuration: the files have errors", errors=error.problems)
-            continue
-        running = await agent.configs.replace(wanted)
-        refused = [item.wanted.resource.id for item in running if item.refusal is not None]
-        log.info("Reloaded the configuration", configs=len(running), refused=refused)
+
+
+async def _load_and_apply(settings: StandaloneSettings, agent: Agent) -> None:
+    """Read the files and put what they say into force, all of it or nothing.
+
+    Raises:
+        UsageError: Something is wrong; nothing was changed.
+    """
+    wanted = await asyncio.to_thread(load, settings.files, settings.permissions)
+    problems = await agent.configs.check(wanted)
+    if problems:
+        raise UsageError(problems)
+    running = await agent.configs.replace(wanted)
+    refused = [item.wanted.resource.id for item in running if item.refusal is not None]
+    log.info("Applied the configuration", configs=len(running), refused=refused)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -234,7 +234,7 @@ class _Loading:
                 spec=config.spec,
             )
             try:
-                found = self._wanted(resource)
+                found = self._wanted(resource, str(place))
                 if found is not None:
                     translate(found.resource, found.credentials, permissions)
                     wanted.append(found)
@@ -242,11 +242,11 @@ class _Loading:
                 self.problems.append(f"{place}: {refusal.message}")
         return wanted
 
-    def _wanted(self, resource: Resource) -> Wanted | None:
+    def _wanted(self, resource: Resource, place: str) -> Wanted | None:
         """Return the configuration with its credentials; None if its Secret is wrong already."""
         reference = resource.spec.backend.credentials_secret_ref
         if reference is None:
-            return Wanted(resource, Anonymous())
+            return Wanted(resource, Anonymous(), place=place)
         key = (resource.namespace, reference.name)
         if key in self._broken_secrets:
             return None
@@ -263,7 +263,7 @@ class _Loading:
         if isinstance(resolved, CredentialsProblem):
             # The rest of the sentence is a kubectl command, which is of no use here.
             raise Refusal(resolved.reason, resolved.message.partition(": kubectl ")[0])
-        return Wanted(resource, to_engine(resolved))
+        return Wanted(resource, to_engine(resolved), place=place)
 
 
 def _objects(document: Any) -> Iterator[Any]:

@@ -87,6 +87,8 @@ class Wanted:
     credentials: Credentials
     digest: str = ""
     """What the operator calls this very content; "" without an operator."""
+    place: str = ""
+    """File and object it was read from, for messages; "" where it was pushed."""
 
 
 def translate(

@@ -115,13 +115,13 @@ def test_sighup_takes_good_files_and_ignores_bad_ones(agent: Standalone, origin:
     assert agent.read("default/web/a/b").cache_status == "hit"
 
     file.write_text(config_yaml("other", http_backend(origin)))
-    reload(child, "Reloaded the configuration")
+    reload(child, "Applied the configuration")
     gone = agent.read("default/web/a/b")
     assert (gone.status, gone.code) == (404, "UnknownConfig")
     assert agent.read("default/other/a/b").cache_status == "fwd=miss; stored"
 
     file.write_text(f"{good}\n---\n{config_yaml('other', http_backend(origin))}")
-    reload(child, "Reloaded the configuration")
+    reload(child, "Applied the configuration")
     asked = len(origin.requests)
     assert agent.read("default/web/a/b").cache_status == "hit"
     assert agent.read("default/other/a/b").cache_status == "hit"
@@ -250,7 +250,7 @@ def test_credentials_reach_the_origin_and_nothing_else(agent: Standalone, origin
     denied = agent.read("default/web/a/b")
     assert (denied.status, denied.code) == (403, "OriginDenied")
     file.write_text(f"{config}\n---\n{secret.replace('wrong-one', CANARY)}")
-    reload(child, "Reloaded the configuration")
+    reload(child, "Applied the configuration")
     assert agent.read("default/web/a/b").body == origin.blobs["a/b"]
     metrics = agent.health("/metrics").body
     assert agent.stop() == 0
