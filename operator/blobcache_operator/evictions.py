@@ -51,6 +51,15 @@ def decide(
     return tuple(chosen.values())[:VICTIMS_MAX]
 
 
+def is_pressed(report: Report, specs: Mapping[str, BlobCacheConfigSpec]) -> bool:
+    """Whether the node or one of its configs is above its high watermark, evictable or not."""
+    for config in report.configs:
+        spec = specs.get(config.uid)
+        if spec is not None and _is_above_high(spec, config.bytes):
+            return True
+    return _is_node_above_high(report, report.disk.used_bytes)
+
+
 def make_request(decisions: Sequence[Decision]) -> EvictionRequest:
     """Return the request: a blob that was read since it was judged is spared."""
     return EvictionRequest(
@@ -76,12 +85,11 @@ def _is_evictable(spec: BlobCacheConfigSpec | None) -> bool:
 def _plan_config(
     blobs: Sequence[Candidate], spec: BlobCacheConfigSpec, used_bytes: int, now: float
 ) -> list[planner.PlannedEviction]:
-    capacity = spec.cache.capacity
     target = used_bytes  # below the high watermark only what has outlived its time goes
     protected = used_bytes
-    if capacity is not None:
-        protected = capacity * spec.eviction.low_watermark_percent // 100
-        if used_bytes * 100 > capacity * spec.eviction.high_watermark_percent:
+    if spec.cache.capacity is not None:
+        protected = spec.cache.capacity * spec.eviction.low_watermark_percent // 100
+        if _is_above_high(spec, used_bytes):
             target = protected
     return planner.plan_eviction(
         [_planner_candidate(blob, spec) for blob in blobs],
@@ -101,13 +109,11 @@ def _plan_node(
     chosen: Mapping[tuple[str, str, str], Decision],
     now: float,
 ) -> list[planner.PlannedEviction]:
-    disk = report.disk
-    capacity = disk.capacity_bytes or max(disk.total_bytes - disk.min_free_bytes, 0)
     freed = sum(decision.candidate.bytes for decision in chosen.values())
-    used = max(disk.used_bytes - freed, 0)
-    if used * 100 <= capacity * NODE_HIGH_WATERMARK_PERCENT:
+    used = max(report.disk.used_bytes - freed, 0)
+    if not _is_node_above_high(report, used):
         return []
-    target = capacity * NODE_LOW_WATERMARK_PERCENT // 100
+    target = _node_capacity(report) * NODE_LOW_WATERMARK_PERCENT // 100
     left = [blob for blob in blobs if _identity(blob) not in chosen]
     return planner.plan_eviction(
         [_planner_candidate(blob, None) for blob in left],
@@ -119,6 +125,21 @@ def _plan_node(
         recent_seconds=RECENT_SECONDS,
         protected_bytes=target,
     )
+
+
+def _is_above_high(spec: BlobCacheConfigSpec, used_bytes: int) -> bool:
+    capacity = spec.cache.capacity
+    high = spec.eviction.high_watermark_percent
+    return capacity is not None and used_bytes * 100 > capacity * high
+
+
+def _is_node_above_high(report: Report, used_bytes: int) -> bool:
+    return used_bytes * 100 > _node_capacity(report) * NODE_HIGH_WATERMARK_PERCENT
+
+
+def _node_capacity(report: Report) -> int:
+    disk = report.disk
+    return disk.capacity_bytes or max(disk.total_bytes - disk.min_free_bytes, 0)
 
 
 def _planner_candidate(blob: Candidate, spec: BlobCacheConfigSpec | None) -> planner.Candidate:

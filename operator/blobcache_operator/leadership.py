@@ -37,6 +37,11 @@ class LeaseTimes:
     renew_deadline: float = 10.0
     retry: float = 2.0
 
+    @classmethod
+    def of(cls, duration: float) -> "LeaseTimes":
+        """Return the usual proportions, 15 to 10 to 2."""
+        return cls(duration, duration * 2 / 3, duration * 2 / 15)
+
 
 class Term:
     """

@@ -103,7 +103,6 @@ class Program:
         settings: The administrator's.
         access: The API server.
         environment: Of the process.
-        times: The Lease's, for tests.
     """
 
     def __init__(
@@ -111,7 +110,6 @@ class Program:
         settings: OperatorSettings,
         access: KubeAccess,
         environment: Mapping[str, str],
-        times: LeaseTimes | None = None,
     ) -> None:
         self._settings = settings
         self._environment = environment
@@ -124,7 +122,7 @@ class Program:
             namespace=self._namespace,
             name=settings.lease_name,
             identity=self._identity,
-            times=times,
+            times=LeaseTimes.of(settings.lease_seconds),
         )
         self._keeper = Keeper(
             CertificateStore(self._kube, namespace=self._namespace, deployment=settings.deployment),

@@ -22,7 +22,11 @@ from blobcache_api.agent import (
     seal_state,
 )
 from blobcache_operator import evictions, metrics
-from blobcache_operator.agent_client import REPORT_WAIT_SECONDS, AgentClient
+from blobcache_operator.agent_client import (
+    PRESSED_WAIT_SECONDS,
+    REPORT_WAIT_SECONDS,
+    AgentClient,
+)
 from blobcache_operator.discovery import AgentAddress
 from blobcache_operator.errors import AgentError, LeadershipLost, NewerLeader
 from blobcache_operator.leadership import Term
@@ -234,7 +238,7 @@ class AgentTask:
                 after, wait = 0, 0
                 await asyncio.sleep(_backoff(self._report_failures))
                 continue
-            after, wait = report.change, REPORT_WAIT_SECONDS
+            after, wait = report.change, self._report_wait_seconds(report)
             facts = condense(report)
             before = self.facts.report
             is_new = before is not None and before.incarnation != facts.incarnation
@@ -245,6 +249,11 @@ class AgentTask:
             self._reported.set()
             await self._evict(report)
             await asyncio.sleep(max(0.0, REPORT_INTERVAL_SECONDS_MIN - (loop.time() - started)))
+
+    def _report_wait_seconds(self, report: Report) -> int:
+        """Return how long the agent may hold its next report back if nothing changes."""
+        specs = {config.uid: config.spec for config in self._plan.configs} if self._plan else {}
+        return PRESSED_WAIT_SECONDS if evictions.is_pressed(report, specs) else REPORT_WAIT_SECONDS
 
     def _check_identity(self, report: Report) -> None:
         node, uid = self.address.node, self.address.pod_uid

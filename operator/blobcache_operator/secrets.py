@@ -72,10 +72,11 @@ class SecretReader:
             KubeUnavailable: A Secret that was never read cannot be read, for less than
                 `UNREADABLE_SECONDS_MAX`: agents may have its credentials, so no plan yet.
         """
-        users: dict[SecretName, set[tuple[str, int]]] = {}
+        found: dict[SecretName, set[tuple[str, int]]] = {}
         for config in configs:
             if (name := secret_name(config)) is not None:
-                users.setdefault(name, set()).add((config.uid, config.generation))
+                found.setdefault(name, set()).add((config.uid, config.generation))
+        users = {name: frozenset(uses) for name, uses in found.items()}
         for gone in self._known.keys() - users.keys():
             del self._known[gone]
         now = asyncio.get_running_loop().time()
@@ -86,7 +87,7 @@ class SecretReader:
             if self._due_time(name) <= now or self._users.get(name) != users[name]
         ]
         before = dict(self._known)
-        self._users = {name: frozenset(found) for name, found in users.items()}
+        self._users = users
         answers = await asyncio.gather(*(self._read(name) for name in due), return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException):

@@ -50,6 +50,8 @@ class OperatorSettings(BaseSettings):
     """Headless Service whose endpoints are the agents."""
     lease_name: str = "blobcache-operator"
     """Lease that says which replica leads."""
+    lease_seconds: Annotated[float, Field(ge=3, le=300)] = 15.0
+    """Time after which a Lease that is not renewed may be taken; renewing is given two thirds."""
     deployment: str | None = "blobcache-operator"
     """Deployment that owns the certificate Secrets."""
     write_agent_certs: Path | None = None

@@ -144,7 +144,11 @@ class Twin:
             stale = StaleState(epoch=self.epoch, revision=self.revision)
             return web.Response(status=409, body=dump_message(stale))
         self.epoch, self.revision = state.epoch, state.revision
-        if self.state is None or state.digest != self.state.digest or state.epoch != self.state.epoch:
+        if (
+            self.state is None
+            or state.digest != self.state.digest
+            or state.epoch != self.state.epoch
+        ):
             self.states.append(state)
             self.touch()
         results = tuple(self._result(config) for config in state.configs)
