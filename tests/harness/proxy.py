@@ -1,6 +1,7 @@
 """A reverse proxy that passes everything on unchanged and remembers what went by."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -189,10 +190,12 @@ class CountingProxy:
             headers=_end_to_end(answer.headers.items()),
         )
         await response.prepare(request)
-        async for piece in answer.content.iter_chunked(PIECE_BYTES):
-            await response.write(piece)
-            self._note(number, more_bytes=len(piece))
-        await response.write_eof()
+        # A client may hang up at any time, for it has what it wanted: no error of anybody's.
+        with contextlib.suppress(aiohttp.ClientConnectionResetError):
+            async for piece in answer.content.iter_chunked(PIECE_BYTES):
+                await response.write(piece)
+                self._note(number, more_bytes=len(piece))
+            await response.write_eof()
         return response
 
     def _arrived(self, request: web.BaseRequest) -> int:
