@@ -291,7 +291,8 @@ class FileCacheMgr(BlobCacheMgr):
 
     def _ahead_end(self, generation: Generation, span: ByteRange) -> int:
         """Return up to which chunk to fetch: further if requests follow one another."""
-        follows = 0 <= span.start - generation.last_read_end < generation.chunk_size_bytes
+        last = generation.last_read_end
+        follows = last is not None and 0 <= span.start - last < generation.chunk_size_bytes
         if follows and span.length:
             doubled = max(2 * generation.read_ahead_bytes, READ_AHEAD_BYTES_MIN)
             generation.read_ahead_bytes = min(doubled, self.origin.pace.segment_bytes)

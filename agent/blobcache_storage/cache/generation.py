@@ -133,7 +133,7 @@ class Generation:
         self.discards = 0
         """How often a chunk that was present ceased to be."""
         self.writer = Writer(self, runtime, on_disk_error)
-        self.last_read_end = -1
+        self.last_read_end: int | None = None
         self.read_ahead_bytes = 0
 
     # -- what is here ---------------------------------------------------------------------------

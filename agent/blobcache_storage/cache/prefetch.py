@@ -60,6 +60,8 @@ class Prefetcher:
         self._sizes: dict[str, int] = {}
         self._ready: dict[str, int] = {}
         """Generation that was found complete and right, by blob id."""
+        self._promised: dict[str, int] = {}
+        """Disk that each blob being warmed will take when complete."""
         self._problems: dict[str, StorageError] = {}
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
@@ -168,7 +170,10 @@ class Prefetcher:
         while waiting:
             blob_id = waiting.pop(0)
             try:
-                await self._warm(blob_id)
+                try:
+                    await self._warm(blob_id)
+                finally:
+                    self._promised.pop(blob_id, None)
             except ExceedsCapacity as error:
                 # In list order: what comes later must not take the room of what was refused.
                 self._problems[blob_id] = error
@@ -213,7 +218,6 @@ class Prefetcher:
                 segment = self._manager.origin.pace.segment_bytes // generation.chunk_size_bytes
                 stop = min(count, first + max(1, segment))
                 end = generation.first_taken(first, stop)
-                self._check_watermark(generation.disk_bytes(first, end))
                 fetch = await self._manager.finder.start_fetch(
                     generation, first, end, RequestSource.PREFETCH
                 )
@@ -266,21 +270,29 @@ class Prefetcher:
 
     async def _check_room(self, blob_id: str) -> None:
         """Refuse a blob that would pass the high watermark, before anything of it is fetched."""
-        if blob_id in self._manager.table.folder.entries:
-            return
-        size = self._sizes.get(blob_id) or self._blobs[blob_id].size_bytes
-        if size is None:
-            version = await self._manager.stat_origin(blob_id)
-            size = self._sizes[blob_id] = version.size_bytes
-        self._check_watermark(on_disk(size))
+        if blob_id not in self._manager.table.folder.entries:
+            size = self._sizes.get(blob_id) or self._blobs[blob_id].size_bytes
+            if size is None:
+                version = await self._manager.stat_origin(blob_id)
+                self._sizes[blob_id] = version.size_bytes
+        length = on_disk(self._size_of(blob_id))
+        self._check_watermark(self._missing(blob_id, length))
+        self._promised[blob_id] = length
+
+    def _missing(self, blob_id: str, length: int) -> int:
+        """Return how much of the disk a blob will take it does not have yet."""
+        entry = self._manager.table.folder.entries.get(blob_id)
+        return max(0, length - entry.bytes) if entry is not None else length
 
     def _check_watermark(self, length: int) -> None:
         cache = self._manager.cache_config
         capacity = cache.capacity_bytes
         if capacity is None:
             return
+        # Blobs warmed at the same time have not reserved yet what they will need.
+        promised = sum(self._missing(*promise) for promise in self._promised.items())
         high = watermark_bytes(capacity, cache.high_watermark_percent)
-        if self._manager.used_bytes + length > high:
+        if length and self._manager.used_bytes + promised + length > high:
             self._refuse(length)
 
     def _refuse(self, length: int) -> None:

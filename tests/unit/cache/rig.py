@@ -15,6 +15,7 @@ from blobcache_storage.cache.root import CacheRoot
 from blobcache_storage.cache.runtime import Clock, StorageRuntime
 from blobcache_storage.config import BackendConfig, CacheConfig, ConfigV2, LocalFSConfig
 from blobcache_storage.device import BlobInfo, RangeRequest
+from blobcache_storage.errors import StorageError
 from blobcache_storage.testing.memory_backend import MemoryBackend
 from blobcache_storage.testing.oracle import ByteOracle
 
@@ -32,16 +33,26 @@ def make_config(**cache: object) -> ConfigV2:
     )
 
 
-async def collect(read: BlobRead) -> bytes:
-    """Return all bytes of a read, spans read from their file."""
+async def take(read: BlobRead) -> tuple[bytes, type[Exception] | None]:
+    """Return the bytes of a read, spans read from their file, and the error that ended it."""
     parts = []
-    async for piece in read.pieces():
-        if isinstance(piece, FileSpan):
-            parts.append(os.pread(piece.fd, piece.length, piece.offset))
-            assert len(parts[-1]) == piece.length
-        else:
-            parts.append(bytes(piece))
-    return b"".join(parts)
+    try:
+        async for piece in read.pieces():
+            if isinstance(piece, FileSpan):
+                parts.append(os.pread(piece.fd, piece.length, piece.offset))
+                assert len(parts[-1]) == piece.length
+            else:
+                parts.append(bytes(piece))
+    except StorageError as error:
+        return b"".join(parts), type(error)
+    return b"".join(parts), None
+
+
+async def collect(read: BlobRead) -> bytes:
+    """Return all bytes of a read that must succeed."""
+    data, error = await take(read)
+    assert error is None, error
+    return data
 
 
 class FakeClock:
