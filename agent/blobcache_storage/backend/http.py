@@ -45,6 +45,7 @@ from blobcache_storage.device import (
     Validator,
 )
 from blobcache_storage.errors import (
+    BackendError,
     BlobChanged,
     BlobNotFound,
     CredentialsPending,
@@ -57,8 +58,8 @@ from blobcache_storage.errors import (
     StorageError,
 )
 
-ANSWERS_AFTER_RECOVERY_MAX: Final = 1
-"""A refused request is repeated so often with renewed credentials."""
+_MENDABLE: Final = frozenset({400, 401, 403})
+"""Refusals that new credentials or a corrected clock may turn."""
 
 
 def range_header(request: RangeRequest) -> str | None:
@@ -131,6 +132,16 @@ class HTTPBackend(BlobBackend):
     async def _recover(self, blob_id: str, response: aiohttp.ClientResponse, body: bytes) -> bool:
         """Do what can be done about a 4xx; return whether to ask once more."""
         return False
+
+    def _shortcut(self, method: str, blob_id: str) -> URL | None:
+        """Return where an earlier request for a blob was redirected to, if that is still good."""
+        return None
+
+    def _landed(self, method: str, blob_id: str, url: URL) -> None:
+        """Note where a request for a blob ended up."""
+
+    def _forget_shortcut(self, blob_id: str) -> None:
+        """Ask at the front door again."""
 
     def _refine(self, error: StorageError, body: bytes) -> StorageError:
         """Return a more telling error, if the body of an answer tells more."""
@@ -237,18 +248,39 @@ class HTTPBackend(BlobBackend):
         async def authorize(sent_method: str, url: URL, complete: CIMultiDict[str]) -> None:
             await self._authorize(blob_id, sent_method, url, complete)
 
+        response = await self._ask_shortcut(method, blob_id, headers)
+        if response is not None:
+            return response
         url = self._url(blob_id)
-        for _ in range(ANSWERS_AFTER_RECOVERY_MAX):
-            response = await self._exchange.send(method, url, headers, authorize=authorize)
-            if response.status not in (400, 401, 403):
-                return response
+        response = await self._exchange.send(method, url, headers, authorize=authorize)
+        if response.status in _MENDABLE:
             body = await read_error_body(response, self._config.timeout_seconds)
             if not await self._recover(blob_id, response, body):
-                raise self._refine(
-                    status_error(response.status, response.headers, blob_id, host_of(response.url)),
-                    body,
-                )
-        return await self._exchange.send(method, url, headers, authorize=authorize)
+                host = host_of(response.url)
+                error = status_error(response.status, response.headers, blob_id, host)
+                raise self._refine(error, body)
+            response = await self._exchange.send(method, url, headers, authorize=authorize)
+        if response.status in (200, 206):
+            self._landed(method, blob_id, response.url)
+        return response
+
+    async def _ask_shortcut(
+        self, method: str, blob_id: str, headers: dict[str, str]
+    ) -> aiohttp.ClientResponse | None:
+        """Ask where an earlier redirect led; None if that is not known or no longer good."""
+        shortcut = self._shortcut(method, blob_id)
+        if shortcut is None:
+            return None
+        try:
+            response = await self._exchange.send(method, shortcut, headers)
+        except BackendError:
+            self._forget_shortcut(blob_id)
+            raise
+        if response.status in (200, 206, 416):
+            return response
+        self._forget_shortcut(blob_id)
+        await read_error_body(response, self._config.timeout_seconds)
+        return None
 
     async def _fail(self, blob_id: str, response: aiohttp.ClientResponse) -> None:
         """Raise the error that an answer means."""

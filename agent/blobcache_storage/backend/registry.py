@@ -5,6 +5,10 @@ Reference: OCI distribution-spec, "Pulling blobs".
 
 from __future__ import annotations
 
+import time
+from collections import OrderedDict
+from typing import Final
+
 import aiohttp
 from multidict import CIMultiDict
 from typing_extensions import override
@@ -26,6 +30,11 @@ from blobcache_storage.config import BackendConfig
 from blobcache_storage.device import BlobVersion, Validator
 from blobcache_storage.errors import ConfigError, OriginProtocolError
 
+SHORTCUT_SECONDS: Final = 60.0
+"""How long a redirect is followed without asking the registry: below the life of any signed URL,
+and a credential taken away ends within the minute."""
+SHORTCUTS_MAX: Final = 256
+
 
 class RegistryBackend(HTTPBackend):
     """Blobs of one repository, or of any where the configuration names none."""
@@ -45,6 +54,7 @@ class RegistryBackend(HTTPBackend):
         if self._origin.raw_path not in ("", "/"):
             raise ConfigError("`registry.host` must be a name and a port at most")
         self._tokens = TokenSource(self._exchange, self._origin, config.credentials)
+        self._shortcuts: OrderedDict[str, tuple[URL, float]] = OrderedDict()
 
     @override
     def check_blob_id(self, blob_id: str) -> str:
@@ -85,6 +95,25 @@ class RegistryBackend(HTTPBackend):
         return await self._tokens.challenged(self._split(blob_id)[0], response, sent)
 
     @override
+    def _shortcut(self, method: str, blob_id: str) -> URL | None:
+        # A URL signed for GET is often refused to HEAD.
+        url, until = self._shortcuts.get(blob_id, (None, 0.0))
+        return url if method == "GET" and time.monotonic() < until else None
+
+    @override
+    def _landed(self, method: str, blob_id: str, url: URL) -> None:
+        if method != "GET" or origin_of(url) == origin_of(self._origin):
+            return
+        self._shortcuts[blob_id] = (url, time.monotonic() + SHORTCUT_SECONDS)
+        self._shortcuts.move_to_end(blob_id)
+        while len(self._shortcuts) > SHORTCUTS_MAX:
+            self._shortcuts.popitem(last=False)
+
+    @override
+    def _forget_shortcut(self, blob_id: str) -> None:
+        self._shortcuts.pop(blob_id, None)
+
+    @override
     def _version(self, blob_id: str, headers: Headers, size_bytes: int) -> BlobVersion:
         digest = self._split(blob_id)[1]
         said = headers.get("Docker-Content-Digest", "")
@@ -97,6 +126,7 @@ class RegistryBackend(HTTPBackend):
     @override
     def reconfigure(self, config: BackendConfig) -> None:
         super().reconfigure(config)
+        self._shortcuts.clear()
         self._tokens.replace_credentials(config.credentials)
 
     @override

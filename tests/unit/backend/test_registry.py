@@ -23,6 +23,7 @@ from blobcache_storage.errors import (
     OriginProtocolError,
     OriginServerError,
     OriginThrottled,
+    OriginUnreachable,
     StorageError,
 )
 from blobcache_storage.testing.fault_origin import Answer, FaultOrigin, Misbehaviour, Request
@@ -232,12 +233,51 @@ async def test_credentials_stay_behind_at_a_redirect(registry: Registry) -> None
         registry.origin.redirects = lambda request: f"{storage.url}/{ID}?X-Sig=1"
         backend = registry.open()
         assert await read(backend) == DATA
+        await backend.stat(ID)
         challenge = {"WWW-Authenticate": f'Bearer realm="{storage.url}/token"'}
         storage.always = Misbehaviour(answer=Answer(401, challenge))
         with pytest.raises(OriginDenied):
             await read(backend)
         assert all("authorization" not in request.headers for request in storage.requests)
         assert {request.raw_path for request in storage.requests} == {f"/{ID}"}
+
+
+async def test_a_redirect_is_taken_again_without_asking(registry: Registry) -> None:
+    """Further ranges go straight to the storage host, until it refuses or credentials change."""
+    async with FaultOrigin() as storage:
+        storage.put(f"/{ID}", DATA)
+        registry.origin.redirects = lambda request: f"{storage.url}/{ID}?X-Sig=1"
+        backend = registry.open()
+        await read(backend)
+        asked = len(registry.origin.requests)
+        assert await read(backend) == DATA
+        assert len(registry.origin.requests) == asked
+        assert len(storage.requests) == 2
+        for status in (401, 403, 404, 500):
+            storage.misbehave(Misbehaviour(answer=Answer(status)))
+            assert await read(backend) == DATA
+            asked += 1
+            assert len(registry.origin.requests) == asked
+        await backend.stat(ID)
+        assert len(registry.origin.requests) == asked + 1
+        backend.reconfigure(registry.config(LOGIN, repository="team/app", scheme="http"))
+        await read(backend)
+        assert len(registry.origin.requests) == asked + 2
+
+
+async def test_a_storage_host_that_is_gone_is_not_asked_for_ever(registry: Registry) -> None:
+    """After a failure at the storage host the registry is asked where to go now."""
+    async with FaultOrigin() as old, FaultOrigin() as new:
+        for storage in (old, new):
+            storage.put(f"/{ID}", DATA)
+        places = [old, new]
+        registry.origin.redirects = lambda request: f"{places.pop(0).url}/{ID}"
+        backend = registry.open()
+        await read(backend)
+        await old.stop()
+        with pytest.raises(OriginUnreachable):
+            await read(backend)
+        assert await read(backend) == DATA
 
 
 async def test_a_token_service_that_redirects_away_gets_no_login(registry: Registry) -> None:
