@@ -93,18 +93,26 @@ class LoopVolume:
         self.path = path
         self._image_fd = os.memfd_create("blobcache-volume", os.MFD_CLOEXEC)
         os.ftruncate(self._image_fd, image_bytes or IMAGE_BYTES[kind])
-        self._loop_fd, self.device = _attach(self._image_fd)
         self._directory_fd = -1
         self.make()
 
     def make(self) -> None:
         """Make a fresh file system."""
-        subprocess.run([*MKFS[self.kind], self.device], check=True, capture_output=True)
+        image = f"/proc/{os.getpid()}/fd/{self._image_fd}"
+        subprocess.run([*MKFS[self.kind], image], check=True, capture_output=True)
 
     def mount(self) -> None:
-        """Mount it, which replays its journal."""
-        source, target = self.device.encode(), self.path.encode()
-        _check(_libc.mount(source, target, self.kind.encode(), _MS_NOATIME, None), "mount")
+        """Mount it, which replays its journal.
+
+        By a device attached anew: the page cache of the former one may hold metadata that never
+        reached the medium.
+        """
+        loop_fd, device = _attach(self._image_fd)
+        try:
+            source, target = device.encode(), self.path.encode()
+            _check(_libc.mount(source, target, self.kind.encode(), _MS_NOATIME, None), "mount")
+        finally:
+            os.close(loop_fd)
         self._directory_fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def cut_power(self) -> None:
@@ -132,7 +140,6 @@ class LoopVolume:
         """Unmount and detach."""
         with contextlib.suppress(OSError):
             self.unmount()
-        os.close(self._loop_fd)
         os.close(self._image_fd)
 
 

@@ -121,9 +121,13 @@ class WatchedDisk(Disk):
         call, taken = self._enter("write", fd=fd, offset=offset, buffers=buffers)
         if taken >= 0:
             buffers = [memoryview(b"".join(buffers))[:taken]]
-        written = super().write(fd, buffers, offset)
+        written = self.put(fd, buffers, offset)
         self.after(call, buffers)
         return written
+
+    def put(self, fd: int, buffers: Sequence[bytes | bytearray | memoryview], offset: int) -> int:
+        """Make a write."""
+        return super().write(fd, buffers, offset)
 
     @override
     def read(self, fd: int, length: int, offset: int) -> bytes:
