@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import unquote_to_bytes
 
 from blobcache_agent.data.limits import BLOB_ID_BYTES_MAX
 from blobcache_agent.data.rejection import Rejection
 
 PREFIX = "/v1/blobs/"
+PATHS_REMEMBERED_MAX = 256
+"""Readers ask for many ranges of few blobs; at most 16 KiB each, and only valid ones."""
 
 _CONFIG_NAME = re.compile(r"[a-z0-9](?:[-.a-z0-9]{0,61}[a-z0-9])?")
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -27,6 +30,7 @@ class BlobPath:
     blob_id: str
 
 
+@lru_cache(PATHS_REMEMBERED_MAX)
 def parse_blob_path(path: str) -> BlobPath:
     """Return what an absolute path names; a query is ignored.
 

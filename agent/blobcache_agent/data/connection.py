@@ -47,6 +47,7 @@ class Connection(asyncio.BufferedProtocol):
         self._refusal = refusal
         self._loop = asyncio.get_running_loop()
         self._inbox = bytearray()
+        self._is_answering = False
         self._task: asyncio.Task[None] | None = None
         self._exchange: Exchange | None = None
         self._deadline = 0.0
@@ -96,7 +97,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._transport.abort()
             return
         self._inbox += self._server.receive_buffer[:nbytes]
-        if self._task is None:
+        if not self._is_answering:
             self._advance()
         elif len(self._inbox) >= HEAD_BYTES_MAX:
             self._is_paused = True
@@ -105,7 +106,7 @@ class Connection(asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         """Let an answer under way reach a reader who has shut only its sending side."""
         self._end_of_input_time = self._loop.time()
-        return self._task is not None
+        return self._is_answering
 
     def pause_writing(self) -> None:
         """The transport holds bytes."""
@@ -119,14 +120,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def sweep(self, now: float) -> None:
         """Enforce the time-outs; called every `Limits.sweep_seconds`."""
-        if self._task is not None:
+        if self._is_answering:
             self._watch_answer(now)
         elif now >= self._deadline:
             self._expire()
 
     def close_if_idle(self) -> None:
         """Close unless an answer is under way; after that one it closes by itself."""
-        if self._task is None:
+        if not self._is_answering:
             self._transport.close()
 
     def cut(self, reason: str) -> None:
@@ -178,8 +179,8 @@ class Connection(asyncio.BufferedProtocol):
         """Begin to answer."""
         self._is_idle = False
         self._progress_time = self._loop.time()
-        self._task = self._loop.create_task(self._answer_all(head))
-        self._server.track(self._task)
+        self._is_answering = True
+        self._task = self._server.spawn(self._answer_all(head))
 
     async def _answer_all(self, head: bytes | Rejection | None) -> None:
         """Answer heads, one after the other, as long as complete ones are there."""
@@ -204,7 +205,7 @@ class Connection(asyncio.BufferedProtocol):
             self._server.services.observer.on_error(error)
             self._transport.abort()
         finally:
-            self._task = None
+            self._is_answering = False
             self._exchange = None
 
     def _listen_again(self) -> None:
@@ -268,7 +269,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _cancel(self, reason: str) -> None:
         """Cancel the answer, once: a second time would interrupt the closing of its read."""
-        if self._task is None or self._is_cut:
+        if not self._is_answering or self._task is None or self._is_cut:
             return
         self._is_cut = True
         if self._exchange is not None:

@@ -8,6 +8,8 @@ from blobcache_storage.device import RangeRequest
 
 _RANGES = re.compile(r"[Bb][Yy][Tt][Ee][Ss]=(.*)", re.DOTALL)
 _RANGE = re.compile(r"(?:([0-9]+)-([0-9]*)|-([0-9]+))")
+_PLAIN = re.compile(r"bytes=([0-9]{1,18})-([0-9]{1,18})")
+"""Nearly all ranges look like this; they take a shorter way to the same answer."""
 _OPTIONAL_SPACE = " \t"
 _DIGITS_MAX = 18
 """Longer numbers count as `_BEYOND`: no blob reaches there, and int() refuses thousands of
@@ -24,6 +26,9 @@ def parse_range(value: str | None) -> RangeRequest | None:
     """
     if value is None:
         return None
+    plain = _PLAIN.fullmatch(value)
+    if plain is not None:
+        return _ordered(int(plain[1]), int(plain[2]))
     ranges = _RANGES.fullmatch(value)
     if ranges is None:
         return None
@@ -41,10 +46,12 @@ def parse_range(value: str | None) -> RangeRequest | None:
         return RangeRequest(suffix_length=_number(suffix_length))
     if not last:
         return RangeRequest(first=_number(first))
-    wanted = RangeRequest(first=_number(first), last=_number(last))
-    assert wanted.first is not None
-    assert wanted.last is not None
-    return None if wanted.last < wanted.first else wanted
+    return _ordered(_number(first), _number(last))
+
+
+def _ordered(first: int, last: int) -> RangeRequest | None:
+    """Return the range, None if it ends before it begins: that is bad syntax."""
+    return RangeRequest(first=first, last=last) if first <= last else None
 
 
 def _number(digits: str) -> int:
