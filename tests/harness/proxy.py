@@ -191,7 +191,7 @@ class CountingProxy:
         )
         await response.prepare(request)
         # A client may hang up at any time, for it has what it wanted: no error of anybody's.
-        with contextlib.suppress(aiohttp.ClientConnectionResetError):
+        with contextlib.suppress(ConnectionError):
             async for piece in answer.content.iter_chunked(PIECE_BYTES):
                 await response.write(piece)
                 self._note(number, more_bytes=len(piece))
