@@ -27,6 +27,7 @@ from blobcache_api.agent import (
 )
 from blobcache_api.v1alpha1.node import ConfigState
 from blobcache_storage.cache.base import BlobUsage, ManagerStats
+from blobcache_storage.cache.orphans import OrphanBlob
 from blobcache_storage.cache.root import CacheRoot
 from blobcache_storage.credentials import Pending
 
@@ -110,27 +111,19 @@ class Figures:
         Orphans come before all, then blobs of configurations above their high watermark: a list
         of the node's coldest alone could leave out the very configuration that must shrink.
         """
-        ranked = heapq.nsmallest(CANDIDATES_MAX, self._ranked(), key=lambda pair: pair[0])
-        return tuple(candidate for _, candidate in ranked)
+        coldest = heapq.nsmallest(CANDIDATES_MAX, self._ranked(), key=lambda ranked: ranked[0])
+        # Only what is shown is made a message: a node may hold many thousands of blobs.
+        return tuple(_candidate(uid, blob) for (_, _, uid, _), blob in coldest)
 
-    def _ranked(self) -> Iterator[tuple[tuple[int, float, str, str], Candidate]]:
+    def _ranked(self) -> Iterator[tuple[tuple[int, float, str, str], OrphanBlob | BlobUsage]]:
         for orphan in self._root.orphans():
-            candidate = Candidate(
-                config_uid=orphan.config_uid,
-                blob_id=orphan.blob_id,
-                blob_version=orphan.version,
-                bytes=orphan.bytes,
-                last_read_time=orphan.last_read_time,
-                orphan=True,
-            )
-            yield (0, orphan.last_read_time, orphan.config_uid, orphan.blob_id), candidate
+            yield (0, orphan.last_read_time, orphan.config_uid, orphan.blob_id), orphan
         for running in self._configs:
             if running.manager is None:
                 continue
             rank = 1 if _is_above_high_watermark(running) else 2
             for usage in running.manager.usage():
-                key = (rank, usage.last_read_time, running.uid, usage.blob_id)
-                yield key, _candidate(running.uid, usage)
+                yield (rank, usage.last_read_time, running.uid, usage.blob_id), usage
 
 
 def _is_above_high_watermark(running: Running) -> bool:
@@ -143,17 +136,19 @@ def _is_above_high_watermark(running: Running) -> bool:
     return held * 100 > cache.capacity_bytes * cache.high_watermark_percent
 
 
-def _candidate(uid: str, usage: BlobUsage) -> Candidate:
-    return Candidate(
+def _candidate(uid: str, blob: OrphanBlob | BlobUsage) -> Candidate:
+    candidate = Candidate(
         config_uid=uid,
-        blob_id=usage.blob_id,
-        blob_version=usage.version,
-        bytes=usage.bytes,
-        last_read_time=max(0.0, usage.last_read_time),
-        in_use=usage.in_use,
-        pinned=usage.pinned,
-        wanted=usage.wanted,
+        blob_id=blob.blob_id,
+        blob_version=blob.version,
+        bytes=blob.bytes,
+        last_read_time=max(0.0, blob.last_read_time),
+        orphan=isinstance(blob, OrphanBlob),
     )
+    if isinstance(blob, OrphanBlob):
+        return candidate
+    flags = {"in_use": blob.in_use, "pinned": blob.pinned, "wanted": blob.wanted}
+    return candidate.model_copy(update=flags)
 
 
 def verdict_of(running: Running, *, restored: bool) -> Verdict:

@@ -158,6 +158,7 @@ class Standalone:
             [
                 *(sys.executable, "-m", "blobcache_agent", "standalone"),
                 f"--cache-root={self.cache_root}",
+                "--min-free=1Mi",
                 f"--listen=127.0.0.1:{self.port}",
                 f"--health-listen=127.0.0.1:{self.health_port}",
                 *self.extra,

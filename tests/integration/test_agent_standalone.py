@@ -114,6 +114,12 @@ def test_sighup_takes_good_files_and_ignores_bad_ones(agent: Standalone, origin:
     assert "spec.backend.httpProxi" in child.log_text()
     assert agent.read("default/web/a/b").cache_status == "hit"
 
+    bundle = "-----BEGIN CERTIFICATE-----\nnone\n-----END CERTIFICATE-----\n"
+    broken = config_yaml("other", http_backend(origin, tls={"caBundle": bundle}))
+    file.write_text(broken)
+    reload(child, "Kept the configuration")
+    assert agent.read("default/web/a/b").cache_status == "hit"
+
     file.write_text(config_yaml("other", http_backend(origin)))
     reload(child, "Applied the configuration")
     gone = agent.read("default/web/a/b")
