@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Final
 
@@ -61,8 +62,9 @@ class HTTPStream(FetchStream):
 
     async def _pieces(self) -> AsyncGenerator[bytes, None]:
         try:
-            async for piece in self._counted():
-                yield piece
+            async with contextlib.aclosing(self._counted()) as pieces:
+                async for piece in pieces:
+                    yield piece
         except (OriginUnreachable, OriginTimeout):
             self._end(origin_failed=True)
             raise

@@ -197,9 +197,9 @@ class Exchange:
             if authorize is not None:
                 await authorize(method, url, complete)
             response = await self._send_once(method, url, complete)
-            if response.status not in _REDIRECTS:
-                return response
             location = response.headers.get("Location", "")
+            if response.status not in _REDIRECTS or not location:
+                return response
             await read_error_body(response, self.timeout_seconds)
             url = _next_hop(url, location)
             if origin_of(url) != origin_of(first):
@@ -221,7 +221,7 @@ class Exchange:
 def _next_hop(url: URL, location: str) -> URL:
     """Return where a redirect leads, if it may be followed there."""
     host = host_of(url)
-    if not location or len(location) > LOCATION_CHARACTERS_MAX or not location.isascii():
+    if len(location) > LOCATION_CHARACTERS_MAX or not location.isascii():
         raise OriginProtocolError(f"origin '{host}' redirected to no usable Location")
     try:
         target = url.join(URL(location, encoded=True)).with_fragment(None)

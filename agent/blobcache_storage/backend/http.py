@@ -229,10 +229,12 @@ class HTTPBackend(BlobBackend):
         if response.status == 416:
             size = unsatisfied_size(response.headers)
             await read_error_body(response, self._config.timeout_seconds)
-            if size or request.first != 0:
-                raise RangeNotSatisfiable(
-                    size if size is not None else (await self._head(blob_id)).size_bytes
-                )
+            if size is None and request.first != 0:
+                size = (await self._head(blob_id)).size_bytes
+            if expect is not None and size is not None and size != expect.size_bytes:
+                raise BlobChanged(f"the origin now has another version of blob '{blob_id}'")
+            if size is not None and (size > 0 or request.first != 0):
+                raise RangeNotSatisfiable(size)
             # No byte at offset 0: the blob is empty, and only a whole request may say so.
             headers.pop("Range", None)
             response = await self._answer("GET", blob_id, headers)

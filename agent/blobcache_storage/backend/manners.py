@@ -55,6 +55,12 @@ FAILURES: Final = (OriginUnreachable, OriginTimeout, OriginServerError, OriginTh
 """What the breaker counts: the origin itself is unwell. A 403 or 404 is a healthy answer."""
 
 
+class SlotsBusy(OriginThrottled):
+    """All connections are taken by ourselves: no fault of the origin, and no use repeating."""
+
+    retryable = False
+
+
 class ConnectionSlots:
     """At most so many requests at once, readers before prefetch.
 
@@ -85,7 +91,7 @@ class ConnectionSlots:
         """Take a slot, which `release` must give back.
 
         Raises:
-            OriginThrottled: None came free within `SLOT_WAIT_SECONDS_MAX`.
+            SlotsBusy: None came free within `SLOT_WAIT_SECONDS_MAX`.
         """
         if self._may_take(source) and not self._waiting[source]:
             self._taken[source] += 1
@@ -101,7 +107,7 @@ class ConnectionSlots:
             elif turn in self._waiting[source]:
                 self._waiting[source].remove(turn)
             if isinstance(error, TimeoutError):
-                raise OriginThrottled(
+                raise SlotsBusy(
                     f"all {self._limit} connections to the origin were busy",
                     retry_after_seconds=1.0,
                 ) from None
@@ -300,6 +306,9 @@ class Manners:
         permit = self.breaker.admit()
         try:
             result = await attempt()
+        except SlotsBusy:
+            permit.abandoned()
+            raise
         except FAILURES:
             permit.failed()
             raise

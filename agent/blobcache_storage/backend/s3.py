@@ -156,6 +156,12 @@ class S3Backend(HTTPBackend):
     @override
     def _refine(self, error: StorageError, body: bytes) -> StorageError:
         code = error_code(body)
+        if isinstance(error, OriginProtocolError) and error.status in (301, 307):
+            # S3 sends no Location here: only the owner of the configuration can follow.
+            return OriginProtocolError(
+                "the bucket is in another region: `s3.region` and `s3.endpoint` must be its own",
+                status=error.status,
+            )
         if isinstance(error, OriginProtocolError) and error.status == 400:
             # The answer to a HEAD has no code; a 400 to a well-formed request means credentials.
             if code in _DENIED_CODES or not code:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import ssl
+import threading
 from datetime import timedelta
 from email.utils import format_datetime
 from typing import Any
 
 import pytest
-import trustme
 from tests.unit.backend.conftest import OpenBackend
 
 from blobcache_storage.backend.base import BlobBackend, FetchStream
@@ -21,7 +20,6 @@ from blobcache_storage.errors import (
     BackendError,
     BlobChanged,
     BlobNotFound,
-    ConfigError,
     CredentialsPending,
     OriginDenied,
     OriginProtocolError,
@@ -308,6 +306,28 @@ async def test_a_416_without_size_asks_for_it(origin: FaultOrigin, backend: Blob
     assert caught.value.size_bytes == SIZE
 
 
+async def test_a_416_of_another_size_is_a_change(origin: FaultOrigin, backend: BlobBackend) -> None:
+    """A blob that shrank below the range is another version, not a range beyond its end."""
+    expect = await backend.stat("blob")
+    origin.always = Misbehaviour(ignore_if_match=True)
+    origin.put("/blob", b"short")
+    with pytest.raises(BlobChanged):
+        await backend.fetch("blob", MIDDLE, expect=expect)
+
+
+async def test_a_name_that_hangs_times_out(
+    open_proxy: OpenBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resolver that does not return is OriginTimeout, whatever its thread does."""
+    release = threading.Event()
+    monkeypatch.setattr("blobcache_storage.backend.connector._look_up", lambda *_: release.wait(10))
+    try:
+        with pytest.raises(OriginTimeout):
+            await open_proxy("http://slow.test", connect_timeout_seconds=0.05).stat("blob")
+    finally:
+        release.set()
+
+
 async def test_if_match_and_the_tag_are_both_checked(
     origin: FaultOrigin, backend: BlobBackend
 ) -> None:
@@ -467,69 +487,3 @@ async def test_shutdown_breaks_off_what_is_under_way(
     assert len(got) < 150_000
     with pytest.raises(OriginUnreachable):
         await backend.fetch("blob", MIDDLE)
-
-
-class TestTLS:
-    """Trust is the system's plus the bundle's, and is never given up by itself."""
-
-    @pytest.fixture
-    def authority(self) -> trustme.CA:
-        """Return a CA nobody trusts by default."""
-        return trustme.CA()
-
-    @pytest.fixture
-    def server_tls(self, authority: trustme.CA) -> ssl.SSLContext:
-        """Return the origin's side."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        authority.issue_cert("127.0.0.1").configure_cert(context)
-        return context
-
-    async def test_only_a_known_authority_is_trusted(
-        self, authority: trustme.CA, server_tls: ssl.SSLContext, open_proxy: OpenBackend
-    ) -> None:
-        """The bundle's authority is trusted, an unknown one is not, insecure needs no trust."""
-        bundle = authority.cert_pem.bytes().decode()
-        async with FaultOrigin(tls=server_tls) as origin:
-            origin.put("/blob", DATA)
-            with pytest.raises(OriginUnreachable, match="certificate"):
-                await open_proxy(origin.url).stat("blob")
-            trusting = open_proxy(origin.url, ca_bundle_pem=bundle)
-            assert await read(await trusting.fetch("blob", MIDDLE)) == DATA[1000:151_000]
-            blind = open_proxy(
-                origin.url, insecure_skip_verify=True, environment={"permit_insecure": True}
-            )
-            assert (await blind.stat("blob")).size_bytes == SIZE
-
-    def test_insecure_needs_permission(self, open_proxy: OpenBackend) -> None:
-        """Skipping verification is refused unless the administrator permits it."""
-        with pytest.raises(ConfigError, match="InsecureTLSRefused"):
-            open_proxy("https://x.test", insecure_skip_verify=True)
-
-    def test_a_bundle_must_be_pem(self, open_proxy: OpenBackend) -> None:
-        """A bundle that holds no certificate is an error of the configuration."""
-        with pytest.raises(ConfigError, match="caBundle"):
-            open_proxy("https://x.test", ca_bundle_pem="not a certificate")
-
-    async def test_https_is_never_left(
-        self,
-        authority: trustme.CA,
-        server_tls: ssl.SSLContext,
-        origin: FaultOrigin,
-        open_proxy: OpenBackend,
-    ) -> None:
-        """A redirect from https to http is not followed, nor is plain http tried on its own."""
-        bundle = authority.cert_pem.bytes().decode()
-        async with FaultOrigin(tls=server_tls) as secure:
-            secure.redirects = lambda request: f"{origin.url}{request.target}"
-            with pytest.raises(OriginProtocolError, match="https to http"):
-                await open_proxy(secure.url, ca_bundle_pem=bundle).fetch("blob", MIDDLE)
-        secure_url = origin.url.replace("http:", "https:")
-        blind = open_proxy(
-            secure_url,
-            insecure_skip_verify=True,
-            connect_timeout_seconds=0.1,
-            environment={"permit_insecure": True},
-        )
-        with pytest.raises((OriginUnreachable, OriginTimeout)):
-            await blind.fetch("blob", MIDDLE)
-        assert origin.requests == []

@@ -16,6 +16,7 @@ from blobcache_storage.backend.manners import (
     ByteRate,
     ConnectionSlots,
     Manners,
+    SlotsBusy,
 )
 from blobcache_storage.backend.windows import SlidingCount
 from blobcache_storage.device import RequestSource
@@ -207,6 +208,16 @@ async def test_an_open_breaker_sends_nothing(time: FakeTime) -> None:
     with pytest.raises(CircuitOpen):
         await manners.run("b", DEMAND, attempt)
     assert sent == []
+
+
+async def test_our_own_lack_of_connections_is_not_the_origins_fault(time: FakeTime) -> None:
+    """Waiting in vain for a connection neither opens the breaker nor is repeated."""
+    manners = manners_of(time)
+    for _ in range(40):
+        with pytest.raises(OriginThrottled):
+            await manners.run("b", DEMAND, failing(SlotsBusy("all taken")))
+    assert time.slept == []
+    assert await manners.run("b", DEMAND, answered) == "answer"
 
 
 async def test_not_found_is_remembered_briefly(time: FakeTime) -> None:

@@ -15,9 +15,9 @@ from blobcache_storage.backend.oss import region_of, sign_oss_v1, sign_oss_v4
 from blobcache_storage.backend.s3 import S3Backend, s3_base_url, sign_s3
 from blobcache_storage.backend.signing import error_code, quote_key
 from blobcache_storage.config import BackendConfig, OSSConfig, S3Config
-from blobcache_storage.credentials import AccessKey, Anonymous
+from blobcache_storage.credentials import AccessKey, Ambient, Anonymous
 from blobcache_storage.device import RangeRequest
-from blobcache_storage.errors import ConfigError, OriginDenied
+from blobcache_storage.errors import ConfigError, OriginDenied, OriginProtocolError
 from blobcache_storage.testing.fault_origin import FaultOrigin
 from blobcache_storage.testing.origin_guards import OSSGuard, S3ClockGuard, error_document
 
@@ -254,12 +254,19 @@ async def test_s3_refuses_tokens_with_400(
         await backend.stat("blob")
 
 
+async def test_a_bucket_of_another_region(origin: FaultOrigin, open_any: OpenBackend) -> None:
+    """S3's redirect without a Location names the fields to correct."""
+    origin.guard = lambda request: error_document(301, "PermanentRedirect")
+    section = S3Config(origin.url, "us-east-1", "bucket")
+    backend = open_any(BackendConfig(type="s3", s3=section, credentials=KEY))
+    with pytest.raises(OriginProtocolError, match=r"s3\.region"):
+        await backend.fetch("blob", RangeRequest())
+
+
 async def test_ambient_credentials_come_from_the_platform(
     origin: FaultOrigin, open_any: OpenBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The chain's credentials sign; a platform without any is told so."""
-    from blobcache_storage.credentials import Ambient
-
     origin.put("/bucket/blob", b"bytes")
     section = S3Config(origin.url, "us-east-1", "bucket")
     config = BackendConfig(type="s3", s3=section, credentials=Ambient())
