@@ -47,7 +47,7 @@ def make_application(health: Health) -> web.Application:
         return web.Response(text=f"{reason or 'ok'}\n", status=503 if reason else 200)
 
     async def metrics(_: web.Request) -> web.Response:
-        body = prometheus_client.generate_latest()
+        body = await asyncio.to_thread(prometheus_client.generate_latest)  # reads /proc
         return web.Response(
             body=body, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
         )

@@ -7,27 +7,30 @@ import contextlib
 import re
 import socket
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from tests.harness.controlplane import ControlPlane
 from tests.integration.operator_twin import Twin
 
 from blobcache_operator import errors
 from blobcache_operator.facts import CONFIGS_PATH
 from blobcache_operator.kube import Kube
+from blobcache_operator.kubeauth import from_kubeconfig
 from blobcache_operator.node_objects import COLLECTION
 from blobcache_operator.program import Program
 from blobcache_operator.settings import OperatorSettings
 
 T = TypeVar("T")
+CRDS = Path(__file__).resolve().parents[2] / "crds"
 WAIT_SECONDS = 30.0
 HTTP_SPEC: dict[str, Any] = {
     "backend": {"type": "HTTPProxy", "httpProxy": {"address": "http://origin.example.com"}}
 }
 _WRITE = re.compile(
-    r'apiserver_request_total\{[^}]*resource="(?P<resource>[^"]*)"[^}]*'
+    r'apiserver_request_total\{[^}]*,resource="(?P<resource>[^"]*)"[^}]*'
     r'verb="(?:POST|PUT|PATCH|APPLY|DELETE)"[^}]*\} (?P<count>\S+)'
 )
 
@@ -227,3 +230,22 @@ class Stage:
             resource = found["resource"]
             counts[resource] = counts.get(resource, 0.0) + float(found["count"])
         return counts
+
+
+@pytest.fixture(scope="module", name="plane")
+def plane_fixture() -> Iterator[ControlPlane]:
+    """One of its own: an operator acts on every config of a cluster."""
+    with ControlPlane() as plane:
+        plane.kubectl("apply", "--server-side", "-f", str(CRDS))
+        yield plane
+
+
+@pytest.fixture(name="stage")
+async def stage_fixture(plane: ControlPlane, tmp_path: Path) -> AsyncIterator[Stage]:
+    """Fresh namespaces and no node."""
+    access = await asyncio.to_thread(from_kubeconfig, str(plane.admin_kubeconfig))
+    async with Kube(access) as kube:
+        made = Stage(plane, kube, tmp_path)
+        await made.prepare()
+        yield made
+        await made.clean()

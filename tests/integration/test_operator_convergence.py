@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import pytest
-from tests.harness.controlplane import ControlPlane
-from tests.integration.operator_stage import HTTP_SPEC, Stage, until, until_true
+from tests.integration.operator_stage import (  # noqa: F401 - fixtures
+    HTTP_SPEC,
+    Stage,
+    plane_fixture,
+    stage_fixture,
+    until,
+    until_true,
+)
 from tests.integration.operator_twin import GIB
 
 from blobcache_api.agent import Candidate, CredentialsState, DiskReport
-from blobcache_operator.kube import Kube
-from blobcache_operator.kubeauth import from_kubeconfig
 
 pytestmark = [pytest.mark.control_plane, pytest.mark.timeout(120)]
 
-CRDS = Path(__file__).resolve().parents[2] / "crds"
 S3_SPEC = {
     "backend": {
         "type": "S3",
@@ -26,25 +27,6 @@ S3_SPEC = {
     }
 }
 ACCESS_KEY = {"accessKeyID": "id", "secretAccessKey": "canary-secret"}
-
-
-@pytest.fixture(scope="module")
-def plane() -> Iterator[ControlPlane]:
-    """One of its own: an operator acts on every config of a cluster."""
-    with ControlPlane() as plane:
-        plane.kubectl("apply", "--server-side", "-f", str(CRDS))
-        yield plane
-
-
-@pytest.fixture
-async def stage(plane: ControlPlane, tmp_path: Path) -> AsyncIterator[Stage]:
-    """Fresh namespaces and no node."""
-    access = await asyncio.to_thread(from_kubeconfig, str(plane.admin_kubeconfig))
-    async with Kube(access) as kube:
-        made = Stage(plane, kube, tmp_path)
-        await made.prepare()
-        yield made
-        await made.clean()
 
 
 async def test_a_config_is_pushed_and_becomes_ready(stage: Stage) -> None:
