@@ -73,11 +73,15 @@ def configs(factory: FakeFactory) -> Configs:
     return Configs(made, Permissions(), "/cache")
 
 
-def wanted(name: str, address: str = "http://o.example", uid: str = "", **backend: Any) -> Wanted:
-    """Return a configuration of namespace demo."""
-    spec = BlobCacheConfigSpec.model_validate(
-        {"backend": {"type": "HTTPProxy", "httpProxy": {"address": address}, **backend}}
-    )
+def wanted(
+    name: str,
+    address: str = "http://o.example",
+    uid: str = "",
+    backend: dict[str, Any] | None = None,
+) -> Wanted:
+    """Return a configuration of namespace demo; `backend` adds to its section."""
+    section = {"type": "HTTPProxy", "httpProxy": {"address": address}, **(backend or {})}
+    spec = BlobCacheConfigSpec.model_validate({"backend": section})
     return Wanted(Resource("demo", name, uid or f"uid-{name}", spec), Anonymous(), digest=name)
 
 
@@ -117,7 +121,7 @@ async def test_a_bad_one_blocks_no_other(
     """Its result has a reason; the others are applied, whatever the order."""
     if failure is not None:
         factory.failures["demo/bad"] = failure
-    bad = wanted("bad", **({} if failure else INSECURE))
+    bad = wanted("bad", backend={} if failure else INSECURE)
     with structlog.testing.capture_logs():  # a traceback is read from disk to be shown
         running = await configs.replace([bad, wanted("good"), wanted("fine")])
     refusals = [item.refusal.reason if item.refusal else None for item in running]
@@ -130,7 +134,7 @@ async def test_a_bad_one_blocks_no_other(
 
 async def test_it_recovers_when_the_reason_is_gone(configs: Configs) -> None:
     """A refusal is not remembered beyond the set that met it."""
-    await configs.replace([wanted("a", **INSECURE)])
+    await configs.replace([wanted("a", backend=INSECURE)])
     await configs.replace([wanted("a")])
     assert configs.resolve("demo", "a").refusal is None
 
@@ -138,7 +142,7 @@ async def test_it_recovers_when_the_reason_is_gone(configs: Configs) -> None:
 async def test_a_refused_update_ends_what_ran(configs: Configs, factory: FakeFactory) -> None:
     """What a configuration no longer says is not served in its name."""
     await configs.replace([wanted("a")])
-    await configs.replace([wanted("a", **INSECURE)])
+    await configs.replace([wanted("a", backend=INSECURE)])
     assert factory.released == [("demo/a", "http://o.example")]
     with pytest.raises(NotReady):
         configs.resolve("demo", "a")
@@ -176,7 +180,7 @@ async def test_gone_and_made_anew(configs: Configs, factory: FakeFactory) -> Non
 
 async def test_a_check_changes_nothing(configs: Configs, factory: FakeFactory) -> None:
     """Problems name their place; nothing is in force and nothing stays open."""
-    problems = await configs.check([wanted("a"), wanted("b", **INSECURE)])
+    problems = await configs.check([wanted("a"), wanted("b", backend=INSECURE)])
     assert len(problems) == 1
     assert problems[0].startswith("demo/b: ")
     assert factory.checked == 1
