@@ -126,14 +126,9 @@ def reconcile(
             )
     living = {config.uid for config in snapshot.configs}
     sealer.forget_all_but(living)
+    tombstones = _tombstones(living, snapshot.deleted_uids)
     return Plan(
-        nodes={
-            node: NodePlan(
-                configs=tuple(room[node].configs),
-                tombstones=_tombstones(agent, living, snapshot.deleted_uids),
-            )
-            for node, agent in snapshot.agents.items()
-        },
+        nodes={node: NodePlan(tuple(room[node].configs), tombstones) for node in snapshot.agents},
         verdicts=verdicts,
     )
 
@@ -302,15 +297,11 @@ def _credentials_state(spec: BlobCacheConfigSpec, found: CredentialFacts) -> Cre
     return CredentialsState.PRESENT if found.credentials else CredentialsState.PENDING
 
 
-def _tombstones(agent: AgentFacts, living: set[str], deleted: frozenset[str]) -> tuple[str, ...]:
+def _tombstones(living: set[str], deleted: frozenset[str]) -> tuple[str, ...]:
     """
-    Return the uids whose bytes this node should delete.
+    Return the uids whose bytes nodes should delete: what is confirmed gone, the same on all nodes.
 
-    Deleted configs that this leadership saw go, and those the node still has although no listed
-    config has that uid: they went while nobody led.
+    A uid that a LIST has is never among them, whatever was confirmed before. That a node reports
+    a uid no LIST has is not enough: see `deletions`.
     """
-    present: set[str] = set()
-    if agent.report is not None:
-        present = set(agent.report.configs) | agent.report.orphan_uids
-    gone = (deleted | present) - living
-    return tuple(sorted(gone)[:TOMBSTONES_PER_NODE_MAX])
+    return tuple(sorted(deleted - living)[:TOMBSTONES_PER_NODE_MAX])
