@@ -68,7 +68,7 @@ class Stage:
         self.system = f"system-{suffix}"
         self.tenant = f"tenant-{suffix}"
         self.twins: dict[str, Twin] = {}
-        self.suffix = suffix
+        self.operator_access = kube.access
 
     async def prepare(self) -> None:
         """Make the namespaces."""
@@ -115,8 +115,7 @@ class Stage:
     @contextlib.asynccontextmanager
     async def operator(self, **changed: Any) -> AsyncIterator[Program]:
         """Run an operator beside the body; it must not have failed by the end."""
-        access = self.kube.access
-        program = Program(self.settings(**changed), access, {"POD_NAME": "operator"})
+        program = Program(self.settings(**changed), self.operator_access, {"POD_NAME": "operator"})
         task = asyncio.create_task(program.run())
         try:
             yield program
