@@ -118,9 +118,7 @@ async def test_a_relayed_blob_is_checked_too(start: StartRig, wrong: bool) -> No
 
 async def test_a_full_cache_checks_what_it_passes_on(start: StartRig) -> None:
     """No room for the end of a blob: its beginning is hashed again, and the whole is right."""
-    rig = await start(
-        backend=MemoryBackend(digest_ids=True), capacity_bytes_config=5 * 1024 * 1024
-    )
+    rig = await start(backend=MemoryBackend(digest_ids=True), capacity_bytes_config=5 * 1024 * 1024)
     blob_id, data = put_named(rig, 600 * CHUNK)
     assert await whole(rig, blob_id) == (data, None)
     assert rig.manager.stats().bytes <= 5 * 1024 * 1024
