@@ -273,6 +273,8 @@ class FileCacheMgr(BlobCacheMgr):
         self, generation: Generation, span: ByteRange, is_new: bool, may_store: bool
     ) -> CacheStatus:
         """Return how the read is answered, as of now; a relay makes it a plain miss."""
+        if is_new and may_store:
+            return CacheStatus.MISS_STORED
         first, end = generation.chunks_of(span)
         present = generation.present_in(first, end)
         if present == end - first and not (is_new and not span.length):

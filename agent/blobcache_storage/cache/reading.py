@@ -96,7 +96,7 @@ class CachedRead(BlobRead):
         """Where the relay takes over; what comes before is served from the cache."""
         self._position = span.start
         self._closed = False
-        self._was_here = self._remember()
+        self._was_here = False if status is CacheStatus.MISS_STORED else self._remember()
         generation.readers += 1
         if check is not None:
             check.join()
