@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
+import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -240,7 +242,11 @@ async def test_a_kill_leaves_only_what_can_be_discarded(rig: Rig, tmp_path: Path
 
 
 def _copy_tree(source: Path, target: Path) -> None:
-    import shutil
+    """Copy what is there; a file renamed or deleted meanwhile was so at the moment of the kill."""
+
+    def copy(file: str, to: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy2(file, to)
 
     target.mkdir(mode=0o700)
-    shutil.copytree(source, target, dirs_exist_ok=True)
+    shutil.copytree(source, target, dirs_exist_ok=True, copy_function=copy)
