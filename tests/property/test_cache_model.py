@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from tests.unit.cache.rig import CHUNK, FakeClock, Rig, take
 
 from blobcache_storage.cache.base import BlobRead, Victim
 from blobcache_storage.device import BlobInfo, RangeRequest
 from blobcache_storage.errors import StorageError
 from blobcache_storage.testing.memory_backend import Fault
 from blobcache_storage.testing.recorder import RecordingDisk
-from tests.unit.cache.rig import CHUNK, FakeClock, Rig, take
 
 T = TypeVar("T")
 
@@ -95,6 +95,7 @@ class CacheMachine(RuleBasedStateMachine):
             shutil.rmtree(self.directory)
 
     async def release_all(self) -> None:
+        """Readers who took their time leave."""
         for _, _, read, _ in self.held:
             await read.aclose()
         self.held.clear()
@@ -121,6 +122,7 @@ class CacheMachine(RuleBasedStateMachine):
     # -- readers -------------------------------------------------------------------------------
 
     def request_of(self, blob_id: str, start: float, length: float) -> RangeRequest:
+        """Return a range of a blob, given as fractions of its size."""
         sizes = [len(data) for data in self.versions.get(blob_id, {}).values()] or [CHUNK]
         first = int(start * max(sizes))
         return RangeRequest(first=first, last=first + int(length * max(sizes)))
@@ -136,6 +138,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert error is not None or len(got) == len(wanted), "short without an error"
 
     async def read_one(self, blob_id: str, request: RangeRequest) -> None:
+        """Read and check."""
         with self.rig.manager.get_blob_cache(BlobInfo(blob_id)) as cache:
             try:
                 read = await cache.read(request)

@@ -164,6 +164,7 @@ class FileCacheMgr(BlobCacheMgr):
             runtime.clock,
             self._chunk_size_bytes,
             may_store=self._may_store,
+            may_begin=lambda: self._may_store() and not runtime.open_files.is_exhausted,
         )
         self._prefetcher = Prefetcher(self, runtime)
         self._scrubber = Scrubber(self.table, runtime, self.note_corrupt)

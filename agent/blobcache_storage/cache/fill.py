@@ -51,6 +51,10 @@ class Origin:
     retry_limit: int
     counters: Counters = field(default_factory=Counters)
     pace: OriginPace = field(default_factory=OriginPace)
+    demand: int = 0
+    """Fetches under way that readers wait for."""
+    quiet: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the last of them ends; who waits clears it first."""
     on_failure: Callable[[StorageError], None] = lambda _: None
     on_success: Callable[[], None] = lambda: None
 
@@ -90,7 +94,7 @@ class Fetch:
         self._left: set[int] = set()
         self._waiters: dict[int, list[asyncio.Future[None]]] = {}
         self._interested = 0
-        self._demanded = source is RequestSource.ON_DEMAND
+        self._demanded = False
         self._lifted = asyncio.Event()
         self._streams: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
@@ -136,6 +140,8 @@ class Fetch:
             return None
         fetch._left.update(range(first, end))
         fetch._first, fetch._end = first, end
+        if source is RequestSource.ON_DEMAND:
+            fetch._demand()
         loop = asyncio.get_running_loop()
         fetch._last_progress = loop.time()
         if stream is not None:
@@ -149,8 +155,13 @@ class Fetch:
         """Add somebody who is interested; demand lifts a prefetch's throttle."""
         self._interested += 1
         if source is RequestSource.ON_DEMAND:
-            self._demanded = True
+            self._demand()
             self._lifted.set()
+
+    def _demand(self) -> None:
+        if not self._demanded and not self.ended:
+            self._demanded = True
+            self._origin.demand += 1
 
     def leave(self) -> None:
         """Take somebody's interest back; the last to go ends the fetch."""
@@ -201,6 +212,10 @@ class Fetch:
     def _end_now(self) -> None:
         """Give up what is left and wake all who wait; they look at `error`."""
         self.ended = True
+        if self._demanded:
+            self._origin.demand -= 1
+            if not self._origin.demand:
+                self._origin.quiet.set()
         self._generation.unclaim(self, self._left)
         self._left.clear()
         for waiters in self._waiters.values():

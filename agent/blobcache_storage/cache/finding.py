@@ -55,6 +55,7 @@ class Finder:
 
     Args:
         may_store: Whether anything may be stored now.
+        may_begin: Whether a blob may be begun of which nothing is stored yet.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Finder:
         chunk_size_bytes: int,
         *,
         may_store: Callable[[], bool],
+        may_begin: Callable[[], bool],
     ) -> None:
         self._table = table
         self._origin = origin
@@ -74,6 +76,7 @@ class Finder:
         self._throttle = throttle
         self._chunk_size_bytes = chunk_size_bytes
         self._may_store = may_store
+        self._may_begin = may_begin
         self._learning: dict[str, SharedWork[Generation | None]] = {}
         self._uncacheable = Remembered(clock, UNCACHEABLE_SECONDS)
 
@@ -89,7 +92,7 @@ class Finder:
             generation = await self._table.get(blob_id)
             if generation is not None:
                 return generation, False
-            if not self._may_store() or blob_id in self._uncacheable:
+            if not self._may_begin() or blob_id in self._uncacheable:
                 return None
             learning, leads = self._learning.get(blob_id), False
             if learning is None:

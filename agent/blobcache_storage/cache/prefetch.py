@@ -9,13 +9,14 @@ from a former process too, is not fetched again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blobcache_storage.cache.budget import on_disk
 from blobcache_storage.cache.fill import Fetch
-from blobcache_storage.cache.generation import Generation
+from blobcache_storage.cache.generation import ChunkState, Generation
 from blobcache_storage.cache.reclaim import watermark_bytes
 from blobcache_storage.cache.runtime import StorageRuntime
 from blobcache_storage.config import CacheConfig
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 BACK_OFF_SECONDS_MIN = 1.0
 BACK_OFF_SECONDS_MAX = 60.0
 FETCHES_PER_BLOB_MAX = 2
+YIELD_SECONDS_MAX = 1.0
+"""How long the next request is put off while readers wait for the same origin."""
 EXCEEDS_CAPACITY = "PrefetchExceedsCapacity"
 
 
@@ -217,6 +220,9 @@ class Prefetcher:
             while first < count and len(joined) < FETCHES_PER_BLOB_MAX:
                 segment = self._manager.origin.pace.segment_bytes // generation.chunk_size_bytes
                 stop = min(count, first + max(1, segment))
+                await self._let_readers_go_first()
+                if generation.states[first] != ChunkState.ABSENT:
+                    break  # a reader came for it meanwhile
                 end = generation.first_taken(first, stop)
                 fetch = await self._manager.finder.start_fetch(
                     generation, first, end, RequestSource.PREFETCH
@@ -226,7 +232,16 @@ class Prefetcher:
                 else:
                     joined.append(fetch)
                 first = generation.first_absent(end)
-            await self._settle(joined)
+            if joined:
+                await self._settle(joined)
+
+    async def _let_readers_go_first(self) -> None:
+        origin = self._manager.origin
+        if not origin.demand:
+            return
+        origin.quiet.clear()
+        with contextlib.suppress(TimeoutError):  # never starved by steady readers
+            await asyncio.wait_for(origin.quiet.wait(), YIELD_SECONDS_MAX)
 
     async def _settle(self, fetches: list[Fetch]) -> None:
         """Wait until one of them ends; the others go on meanwhile."""

@@ -18,7 +18,10 @@ HASHING_THREADS_MAX = 2
 BUFFER_BYTES = 64 * 1024 * 1024
 BUFFER_CHUNKS_MIN = 8
 BUFFER_WAITERS_MAX = 1024
-OPEN_FILES_MAX = 512
+OPEN_FILES_MAX = 256
+OPEN_FILES_BUSY_MAX = 1024
+"""Above so many open blobs (two descriptors each) nothing new is stored: a disk that syncs more
+slowly than small blobs arrive must not use up the process's descriptors."""
 OPEN_MAP_BYTES_MAX = 32 * 1024 * 1024
 
 
@@ -69,6 +72,11 @@ class OpenFiles:
 
     def __len__(self) -> int:
         return len(self._open)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether so many are busy that no new blob should be begun."""
+        return len(self._open) >= OPEN_FILES_BUSY_MAX
 
     def touch(self, opened: Openable) -> None:
         """Note a use; closes others that are idle where a bound is passed."""

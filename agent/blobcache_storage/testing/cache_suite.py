@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -35,6 +35,13 @@ async def read_all(read: BlobRead) -> bytes:
             else:
                 parts.append(bytes(piece))
     return b"".join(parts)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what background work brings about; it has no event to wait for."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
 
 
 class CacheSuite(abc.ABC):
@@ -189,9 +196,7 @@ class CacheSuite(abc.ABC):
         assert not manager.gc(None)
         assert await read_all(await other.read(RangeRequest())) == data
         other.close()
-        async with asyncio.timeout(10):
-            while not manager.gc(None):
-                await asyncio.sleep(0.01)
+        await until(lambda: manager.gc(None))
         assert (await self.read(manager, RangeRequest()))[0] == data
 
     async def test_ids_that_cannot_be(self, manager: BlobCacheMgr) -> None:
@@ -218,6 +223,4 @@ class CacheSuite(abc.ABC):
             read = await cache.read(RangeRequest())
             await read.aclose()
             await read.aclose()
-        async with asyncio.timeout(10):
-            while backend.open_streams:
-                await asyncio.sleep(0.01)
+        await until(lambda: not backend.open_streams)

@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.unit.cache.rig import CHUNK, FakeClock, Rig, make_config, take
 
 from blobcache_storage.cache.base import CacheStatus, ManagerStats
 from blobcache_storage.config import PrefetchConfig
 from blobcache_storage.device import BlobInfo, RangeRequest
 from blobcache_storage.errors import DigestMismatch, OriginUnreachable
+from blobcache_storage.testing.cache_suite import until
 from blobcache_storage.testing.memory_backend import Fault, MemoryBackend
-from tests.unit.cache.rig import CHUNK, FakeClock, Rig, make_config, take
 
 StartRig = Callable[..., Awaitable[Rig]]
 
@@ -49,13 +50,6 @@ async def whole(rig: Rig, blob_id: str) -> tuple[bytes, type[Exception] | None]:
     with rig.manager.get_blob_cache(BlobInfo(blob_id)) as cache:
         async with await cache.read(RangeRequest()) as read:
             return await take(read)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition that background work brings about."""
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_a_right_digest_is_found_once_and_remembered(start: StartRig) -> None:
@@ -154,7 +148,10 @@ async def test_listed_blobs_are_warmed_and_then_hits(start: StartRig) -> None:
     """Sizes need not be given; all ready means all bytes are durable."""
     backend = MemoryBackend()
     rig = await start(backend=backend)
-    blobs = {name: rig.put(name, size * CHUNK + 1) for name, size in zip("abc", (3, 600, 20))}
+    blobs = {
+        name: rig.put(name, size * CHUNK + 1)
+        for name, size in zip("abc", (3, 600, 20), strict=True)
+    }
     await rig.restart(prefetch=listed(*(BlobInfo(name) for name in blobs)))
     await until(lambda: rig.manager.stats().prefetch_blobs_ready == 3)
     total = sum(map(len, blobs.values()))
