@@ -48,6 +48,7 @@ PREFETCH_CONNECTIONS_MAX: Final = 32
 SLOT_WAIT_SECONDS_MAX: Final = 30.0
 BURST_SECONDS: Final = 1.0
 BURST_BYTES_MIN: Final = 64 * 1024
+RATE_LOOK_SECONDS: Final = 0.1
 PREFETCH_RESERVE_FRACTION: Final = 0.5
 """Prefetch leaves this part of a burst to readers, so their first bytes need no wait."""
 
@@ -144,7 +145,6 @@ class ByteRate:
         self._rate = bytes_per_second
         self._tokens = self._burst
         self._filled_at = clock()
-        self._readers_waiting = 0
 
     @property
     def _burst(self) -> float:
@@ -167,13 +167,14 @@ class ByteRate:
         assert self._rate is not None
         wanted = 0.0
         if source() is RequestSource.PREFETCH:
+            # A reader waits only when the bucket is empty, so the reserve alone puts it first.
             wanted = self._burst * PREFETCH_RESERVE_FRACTION
-            if self._readers_waiting:
-                wanted = self._burst
         return 0.0 if self._tokens > wanted else (wanted - self._tokens) / self._rate + 1e-3
 
     async def take(self, count: int, source: Callable[[], RequestSource]) -> None:
-        """Charge `count` bytes, waiting first while there is debt (or a reader, for prefetch).
+        """Charge `count` bytes, waiting first while there is debt.
+
+        Prefetch waits, too, while there is no more than the reserve it leaves to readers.
 
         Args:
             source: Asked at each look, for a reader may have joined a prefetch meanwhile.
@@ -184,13 +185,8 @@ class ByteRate:
             if wait <= 0:
                 self._tokens -= count
                 return
-            is_reader = source() is RequestSource.ON_DEMAND
-            self._readers_waiting += is_reader
-            try:
-                # Short looks: a reader who joins, or a new limit, must not wait out an old one.
-                await self._sleep(min(wait, 0.1))
-            finally:
-                self._readers_waiting -= is_reader
+            # Short looks: a reader who joins, or a new limit, must not wait out an old one.
+            await self._sleep(min(wait, RATE_LOOK_SECONDS))
 
 
 class NotFoundMemory:

@@ -105,17 +105,21 @@ async def test_only_regular_files(backend: BlobBackend, folder: Path) -> None:
         await backend.fetch("blob/below", RangeRequest())
 
 
-async def test_a_file_swapped_for_a_pipe_while_opening(
-    backend: BlobBackend, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("to", ["pipe", "link"])
+async def test_a_file_swapped_while_opening(
+    backend: BlobBackend, folder: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
-    """What was opened is looked at again: the look before may be out of date."""
+    """What is opened is checked again: the look before may be out of date."""
     real = os.stat
 
     def swapping(path: str, **kwargs: object) -> os.stat_result:
         status = real(path, **kwargs)  # type: ignore[arg-type]
         if path == "blob":
             (folder / "blob").unlink()
-            os.mkfifo(folder / "blob")
+            if to == "pipe":
+                os.mkfifo(folder / "blob")
+            else:
+                (folder / "blob").symlink_to(folder.parent / "secret")
         return status
 
     monkeypatch.setattr(localfs.os, "stat", swapping)

@@ -358,6 +358,6 @@ class TestByteRate:
         """The source is asked at each look."""
         rate = ByteRate(1_000_000, clock=time.clock, sleep=time.sleep)
         await rate.take(900_000, lambda: DEMAND)
-        sources = iter([PREFETCH, PREFETCH, DEMAND, DEMAND, DEMAND])
+        sources = iter([PREFETCH, DEMAND])
         await rate.take(1, lambda: next(sources))
         assert len(time.slept) == 1

@@ -6,13 +6,17 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import aiohttp
 import pytest
+from multidict import CIMultiDict
 from pydantic import SecretStr
 from tests.unit.backend.conftest import OpenBackend
 
 from blobcache_storage.backend.base import BlobBackend
+from blobcache_storage.backend.registry import RegistryBackend
 from blobcache_storage.config import BackendConfig, RegistryConfig
 from blobcache_storage.credentials import Anonymous, BasicAuth, BearerToken, Credentials
 from blobcache_storage.device import RangeRequest
@@ -117,13 +121,26 @@ async def test_a_revoked_token_is_renewed_once(registry: Registry) -> None:
     assert registry.guard.issued == 2
 
 
+async def test_a_late_refusal_of_an_old_token_renews_nothing(registry: Registry) -> None:
+    """Who is refused with a token that was replaced meanwhile takes the new one."""
+    backend = registry.open()
+    assert isinstance(backend, RegistryBackend)
+    await read(backend)
+    refusal = registry.guard(Request("GET", f"/v2/team/app/blobs/{ID}", {}))
+    assert refusal is not None
+    answer = cast("aiohttp.ClientResponse", SimpleNamespace(headers=CIMultiDict(refusal.headers)))
+    assert await backend._tokens.challenged("team/app", answer, "Bearer old")
+    assert registry.guard.issued == 1
+
+
 async def test_a_token_is_renewed_before_it_ends(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A token near its end is replaced without waiting to be refused."""
     now = 1000.0
     backend = registry.open()
-    monkeypatch.setattr(backend._tokens, "_clock", lambda: now)  # type: ignore[attr-defined]
+    assert isinstance(backend, RegistryBackend)
+    monkeypatch.setattr(backend._tokens, "_clock", lambda: now)
     registry.guard.lifetime_seconds = 100
     await read(backend)
     now += 79
@@ -240,6 +257,12 @@ async def test_credentials_stay_behind_at_a_redirect(registry: Registry) -> None
             await read(backend)
         assert all("authorization" not in request.headers for request in storage.requests)
         assert {request.raw_path for request in storage.requests} == {f"/{ID}"}
+        own_realm = {"WWW-Authenticate": f'Bearer realm="{registry.origin.url}/token"'}
+        storage.always = Misbehaviour(answer=Answer(401, own_realm))
+        issued = registry.guard.issued
+        with pytest.raises(OriginDenied):
+            await read(backend)
+        assert registry.guard.issued == issued
 
 
 async def test_a_redirect_is_taken_again_without_asking(registry: Registry) -> None:
