@@ -1,1 +1,1 @@
-"""The conformance kit: suites a backend or a cache passes, memory twins, a byte oracle, fault tools."""
+"""The conformance kit: suites that backends and caches pass, memory twins, oracle, fault tools."""
