@@ -287,6 +287,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert 0 <= stats.bytes <= CAPACITY
         assert stats.bytes == self.rig.root.budget.used_bytes
         assert self.rig.runtime.buffers.used_bytes <= self.rig.runtime.buffers.bytes_max
+        assert 0 <= self.rig.root.budget.unwritten_bytes <= stats.bytes
 
 
 TestCacheModel = CacheMachine.TestCase

@@ -30,11 +30,16 @@ class RootBudget:
         self.min_free_bytes = min_free_bytes
         self.used_bytes = 0
         self.free_bytes = 0
-        """Free space when last looked at, less what was reserved since."""
+        """Free space when last looked at, less what is reserved and not written yet."""
+        self.unwritten_bytes = 0
+        """Reserved for chunks that are on their way."""
 
     def observe_free(self, free_bytes: int) -> None:
-        """Take a fresh reading of the file system's free space."""
-        self.free_bytes = free_bytes
+        """Take a fresh reading of the file system's free space.
+
+        What is reserved and not written yet is not missing there, and is not free either.
+        """
+        self.free_bytes = free_bytes - self.unwritten_bytes
 
     @property
     def excess_bytes(self) -> int:
@@ -75,11 +80,17 @@ class ConfigBudget:
         return self.capacity_bytes is None or self.used_bytes + length <= self.capacity_bytes
 
     def reserve(self, length: int) -> bool:
-        """Reserve bytes, or change nothing and return False."""
+        """Reserve bytes, or change nothing and return False; each byte is to be settled."""
         if not self.fits(length) or not self._root.has_room(length):
             return False
         self.take(length)
+        self._root.unwritten_bytes += length
         return True
+
+    def settle(self, length: int) -> None:
+        """Note that reserved bytes were written, or will not be."""
+        assert length <= self._root.unwritten_bytes, "more bytes settled than were reserved"
+        self._root.unwritten_bytes -= length
 
     def take(self, length: int) -> None:
         """Count bytes that are there already."""

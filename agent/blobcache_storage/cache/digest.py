@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 HASH_BATCH_BYTES = 1024 * 1024
 """Hashed per turn of a thread: about 1 ms."""
+LOOK_AGAIN_SECONDS = 1.0
+"""Who waits looks again after so long, should the change have come just before it waited."""
 _SHA256_PREFIX = "sha256:"
 
 
@@ -69,7 +71,11 @@ class WholeCheck:
         self._generation.published.clear()
         change = asyncio.get_running_loop().create_task(self._generation.published.wait())
         try:
-            await asyncio.wait([self._task, change], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                [self._task, change],
+                timeout=LOOK_AGAIN_SECONDS,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
         finally:
             change.cancel()
 

@@ -75,7 +75,7 @@ class BlobFiles:
             return
         disk, stem = self._disk, self._stem
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        directory = self._folder.directory()
+        directory = self._folder.made_directory()
         data_fd = disk.open(f"{stem}.data", flags, dir_fd=directory)
         map_fd = -1
         try:

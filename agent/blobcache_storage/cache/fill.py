@@ -18,13 +18,25 @@ from blobcache_storage.cache.generation import ChunkBuffer, ChunkState, Generati
 from blobcache_storage.cache.pace import OriginPace
 from blobcache_storage.cache.pools import BufferPool, Throttle
 from blobcache_storage.device import BlobVersion, RangeRequest, RequestSource
-from blobcache_storage.errors import BackendError, BlobChanged, OriginProtocolError, StorageError
+from blobcache_storage.errors import (
+    BackendError,
+    BlobChanged,
+    BlobNotFound,
+    CacheBusy,
+    OriginProtocolError,
+    RangeNotSatisfiable,
+    StorageError,
+)
 
 STALL_SECONDS = 2.0
 """Without progress for so long, a competing request is sent."""
 RESUME_DELAY_SECONDS = 0.05
 RESUMES_MAX = 64
 """Resumes of one fetch in all, however much each brings."""
+
+
+NO_FAILURES = (BlobNotFound, BlobChanged, RangeNotSatisfiable, CacheBusy)
+"""What does not make a configuration degraded: a reader may ask for what there is not."""
 
 
 @dataclass(slots=True)
@@ -57,6 +69,11 @@ class Origin:
     """Set when the last of them ends; who waits clears it first."""
     on_failure: Callable[[StorageError], None] = lambda _: None
     on_success: Callable[[], None] = lambda: None
+
+    def note_failure(self, error: StorageError) -> None:
+        """Tell of a failure, unless it is the reader's own or no failure of the origin."""
+        if not isinstance(error, NO_FAILURES):
+            self.on_failure(error)
 
 
 @dataclass(slots=True)
@@ -275,7 +292,7 @@ class Fetch:
             self.error = BackendError(f"the fetch failed unexpectedly: {type(error).__name__}")
             raise error
         self.error = error
-        self._origin.on_failure(error)
+        self._origin.note_failure(error)
 
     async def _deliver(self, stream: FetchStream | None) -> None:
         """Carry one request through, resuming it where it breaks."""

@@ -117,7 +117,7 @@ class Finder:
         try:
             return await self._learn_once(blob_id, request, source)
         except StorageError as error:
-            self._origin.on_failure(error)
+            self._origin.note_failure(error)
             raise
         finally:
             self._learning.pop(blob_id, None)

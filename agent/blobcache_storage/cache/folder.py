@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -71,6 +72,7 @@ class Folder:
         self.doomed = False
         """Its configuration was deleted: it goes as soon as nobody claims it."""
         self._fd: int | None = None
+        self._has_owner = False
         self._opening = threading.Lock()
 
     def new_entry(
@@ -96,19 +98,29 @@ class Folder:
         )
 
     def directory(self) -> int:
-        """Return the folder's descriptor, making the folder at first use (blocking)."""
+        """Return the descriptor of the folder, which must exist (blocking).
+
+        It writes nothing: on a full disk too blobs are read and deleted.
+        """
+        with self._opening:
+            if self._fd is None:
+                layout = self.root.layout_fd
+                self._fd = self.root.disk.open(self.name, READ_DIRECTORY, dir_fd=layout)
+            return self._fd
+
+    def made_directory(self) -> int:
+        """Return the descriptor of the folder, making it and its owner file (blocking)."""
         disk = self.root.disk
+        with contextlib.suppress(FileNotFoundError):
+            self.directory()
         with self._opening:
             if self._fd is None:
                 layout = self.root.layout_fd
                 disk.make_directory(self.name, dir_fd=layout)
-                fd = disk.open(self.name, READ_DIRECTORY, dir_fd=layout)
-                try:
-                    self._write_owner(disk, fd)
-                except OSError:
-                    disk.close(fd)
-                    raise
-                self._fd = fd
+                self._fd = disk.open(self.name, READ_DIRECTORY, dir_fd=layout)
+            if not self._has_owner:
+                self._write_owner(disk, self._fd)
+                self._has_owner = True
             return self._fd
 
     def _write_owner(self, disk: Disk, fd: int) -> None:
@@ -121,7 +133,10 @@ class Folder:
         The map first: data without a map is nothing, a map without its data would vouch for
         whatever gets that name.
         """
-        directory, disk = self.directory(), self.root.disk
+        try:
+            directory, disk = self.directory(), self.root.disk
+        except FileNotFoundError:
+            return  # nothing of this configuration is on the disk
         disk.unlink(f"{stem}.map", dir_fd=directory)
         disk.unlink(f"{stem}.data", dir_fd=directory)
 

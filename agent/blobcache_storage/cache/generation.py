@@ -101,6 +101,7 @@ class Generation:
 
     Args:
         on_disk_error: Told of a failed write or sync, after the chunks were dropped.
+        on_closed: Told when the files were closed, which others' use of theirs may bring about.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Generation:
         runtime: StorageRuntime,
         *,
         on_disk_error: Callable[[OSError], None],
+        on_closed: Callable[[Generation], None],
     ) -> None:
         self.folder = folder
         self.entry = entry
@@ -127,6 +129,7 @@ class Generation:
         self.retired = False
         """No longer what the blob's id means; closed and forgotten once its readers are gone."""
         self.closed = False
+        self._on_closed = on_closed
         self.whole_sha256: bytes | None = None
         self.published = asyncio.Event()
         """Set whenever a chunk arrives or is dropped; who waits for one clears it first."""
@@ -206,11 +209,11 @@ class Generation:
     def claim(self, first: int, end: int, source: ChunkSource) -> bool:
         """Reserve disk for absent chunks and give them to a fetch; False if there is no room."""
         length = self.disk_bytes(first, end)
-        if not self.entry.bytes:
-            length += on_disk(self.header.map_size_bytes)
-        if not self.folder.budget.reserve(length):
+        map_length = 0 if self.entry.bytes else on_disk(self.header.map_size_bytes)
+        if not self.folder.budget.reserve(length + map_length):
             return False
-        self.entry.bytes += length
+        self.folder.budget.settle(map_length)
+        self.entry.bytes += length + map_length
         for index in range(first, end):
             assert self.states[index] == _ABSENT, "a chunk was claimed twice"
             self.states[index] = _FETCHING
@@ -227,6 +230,7 @@ class Generation:
         for index in indexes:
             if self.fetches.get(index) is source:
                 del self.fetches[index]
+                self.folder.budget.settle(on_disk(self.chunk_length(index)))
                 self._set_absent(index)
         self.published.set()
 
@@ -255,9 +259,13 @@ class Generation:
     def mark_written(self, indexes: Iterable[int]) -> None:
         """Note that chunks are in the file: their memory is given back."""
         for index in indexes:
-            buffer = self.memory.pop(index, None)
-            if buffer is not None:
-                buffer.release()
+            self._forget_memory(index)
+
+    def _forget_memory(self, index: int) -> None:
+        buffer = self.memory.pop(index, None)
+        if buffer is not None:
+            self.folder.budget.settle(on_disk(self.chunk_length(index)))
+            buffer.release()
 
     def mark_recorded(self, indexes: Iterable[int]) -> None:
         """Note that chunks are synced and in the map."""
@@ -271,9 +279,7 @@ class Generation:
     def drop(self, indexes: Iterable[int]) -> None:
         """Forget chunks that could not be made durable, or whose bytes proved wrong."""
         for index in indexes:
-            buffer = self.memory.pop(index, None)
-            if buffer is not None:
-                buffer.release()
+            self._forget_memory(index)
             if self.states[index] >= _BUFFERED:
                 self._set_absent(index)
                 self.discards += 1
@@ -442,6 +448,7 @@ class Generation:
     def _close(self) -> None:
         self.closed = True
         self.runtime.open_files.forget(self)
+        self._on_closed(self)
         self.files.close()
         if self.retired:
             self.folder.budget.give_back(self.entry.bytes)

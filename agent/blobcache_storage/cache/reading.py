@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from types import AsyncGeneratorType
 from typing import Protocol
 
 from typing_extensions import override
@@ -96,6 +97,7 @@ class CachedRead(BlobRead):
         """Where the relay takes over; what comes before is served from the cache."""
         self._position = span.start
         self._closed = False
+        self._pieces_begun: AsyncGeneratorType[Piece, None] | None = None
         self._was_here = False if status is CacheStatus.MISS_STORED else self._remember()
         generation.readers += 1
         if check is not None:
@@ -230,7 +232,10 @@ class CachedRead(BlobRead):
 
     @override
     def pieces(self) -> AsyncIterator[Piece]:
-        return self._pieces()
+        begun = self._pieces()
+        assert isinstance(begun, AsyncGeneratorType)
+        self._pieces_begun = begun
+        return begun
 
     async def _pieces(self) -> AsyncGenerator[Piece, None]:
         generation, size = self._generation, self._generation.chunk_size_bytes
@@ -286,14 +291,20 @@ class CachedRead(BlobRead):
         """Have whatever is missing fetched again; False where it cannot be stored."""
         missing = self._first_missing()
         while missing is not None and self._generation.states[missing] == ChunkState.ABSENT:
+            self._check_failure(missing)
             self._front = missing
             if not self._may_store or not await self._arrange(missing):
                 return False
             missing = self._first_missing()
-        for fetch in self._fetches:
-            if fetch.error is not None:
-                raise fetch.error
         return True
+
+    def _check_failure(self, index: int) -> None:
+        """Raise if a fetch of this read should have brought a chunk and failed."""
+        for fetch in self._fetches:
+            if fetch.error is not None and index < fetch.end:
+                if isinstance(fetch.error, BlobChanged):
+                    self._owner.retire(self._generation)
+                raise fetch.error
 
     async def _relayed(self) -> AsyncGenerator[Piece, None]:
         relay = self._relay
@@ -399,6 +410,9 @@ class CachedRead(BlobRead):
         if self._closed:
             return
         self._closed = True
+        begun = self._pieces_begun
+        if begun is not None and not begun.ag_running:
+            await begun.aclose()  # it may hold memory of the pool
         for fetch in self._fetches:
             fetch.leave()
         self._fetches.clear()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from blobcache_storage.cache.base import EvictionOutcome, EvictionResult, Victim
 from blobcache_storage.cache.fill import Counters
 from blobcache_storage.cache.index import CatalogEntry
-from blobcache_storage.cache.shared import SharedWork
 from blobcache_storage.cache.table import BlobTable, version_name
 from blobcache_storage.eviction import POLICY_LRU, Candidate, plan_eviction
 
@@ -39,7 +39,7 @@ class Reclaimer:
         self._counters = counters
         self.cache = cache
         self._futile_until = 0.0
-        self._working: SharedWork[None] | None = None
+        self._working: asyncio.Task[None] | None = None
 
     def candidates(self) -> list[Candidate]:
         """Return every cached blob as the planner sees it."""
@@ -71,13 +71,16 @@ class Reclaimer:
     async def make_room(self, length: int) -> None:
         """Evict what has to go for `length` more bytes; callers see by reserving if it did.
 
-        One at a time: those who come meanwhile wait for it and reserve then.
+        One at a time: those who come meanwhile wait for it and reserve then. It goes on when they
+        give up, or what was half evicted would stay counted.
         """
         if self._root.runtime.clock.monotonic() < self._futile_until:
             return
         if self._working is None:
-            self._working = SharedWork(self._make_room(length))
-        await self._working.wait()
+            self._working = self._table.spawn(self._make_room(length))
+        working = self._working
+        await asyncio.wait([working])
+        working.result()
 
     async def _make_room(self, length: int) -> None:
         try:

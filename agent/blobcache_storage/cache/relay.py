@@ -62,7 +62,7 @@ class Relay:
             )
         except BackendError as error:
             self._origin.counters.origin_errors += 1
-            self._origin.on_failure(error)
+            self._origin.note_failure(error)
             raise
         self._stream = stream
         self._origin.on_success()

@@ -15,7 +15,6 @@ from blobcache_storage.cache.disk import cache_error
 from blobcache_storage.cache.generation import Generation
 from blobcache_storage.cache.index import CatalogEntry
 from blobcache_storage.cache.runtime import StorageRuntime
-from blobcache_storage.cache.shared import SharedWork
 from blobcache_storage.device import BlobVersion
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class BlobTable:
         self._on_disk_error = on_disk_error
         self._open: dict[str, Generation] = {}
         self._retired: set[Generation] = set()
-        self._loading: dict[str, SharedWork[None]] = {}
+        self._loading: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
 
@@ -75,8 +74,10 @@ class BlobTable:
                 return None
             loading = self._loading.get(blob_id)
             if loading is None:
-                loading = self._loading[blob_id] = SharedWork(self._load(entry))
-            await loading.wait()
+                loading = self._loading[blob_id] = self.spawn(self._load(entry))
+            # Not cancelled with those who wait: a thread opens descriptors meanwhile.
+            await asyncio.wait([loading])
+            loading.result()
 
     async def _load(self, entry: CatalogEntry) -> None:
         generation = self._new(entry)
@@ -100,8 +101,20 @@ class BlobTable:
             self._on_disk_error(error)
             self.release(generation)  # it may hold nothing any more
 
-        generation = Generation(self.folder, entry, self._runtime, on_disk_error=on_disk_error)
+        generation = Generation(
+            self.folder,
+            entry,
+            self._runtime,
+            on_disk_error=on_disk_error,
+            on_closed=self._forget,
+        )
         return generation
+
+    def _forget(self, generation: Generation) -> None:
+        """Let go of a closed generation: its map's memory is what the bounds are about."""
+        if self._open.get(generation.entry.blob_id) is generation:
+            del self._open[generation.entry.blob_id]
+        self._retired.discard(generation)
 
     def create(self, blob_id: str, version: BlobVersion, chunk_size_bytes: int) -> Generation:
         """Return a new generation, which is the blob's current one from now on."""
@@ -131,8 +144,7 @@ class BlobTable:
         if generation.readers or generation.fetches:
             return
         if generation.retired or self._closing:
-            if generation.close_if_idle():
-                self._retired.discard(generation)
+            generation.close_if_idle()
         elif not generation.present_in(0, generation.chunk_count) and generation.is_idle:
             self.retire(generation)
 
@@ -154,8 +166,7 @@ class BlobTable:
         await generation.writer.drain()
         await self._unlink(generation.entry.stem)
         self.release(generation)
-        if generation.closed or generation.close_if_idle():
-            self._retired.discard(generation)
+        generation.close_if_idle()
 
     async def remove(self, entry: CatalogEntry) -> int:
         """Delete an idle blob's files; returns the bytes that frees.
@@ -173,8 +184,7 @@ class BlobTable:
         generation.retire()
         self._retired.add(generation)
         await self._unlink(entry.stem)
-        if generation.close_if_idle():
-            self._retired.discard(generation)
+        generation.close_if_idle()
         return freed
 
     async def remove_files(self, entry: CatalogEntry) -> None:
@@ -196,22 +206,22 @@ class BlobTable:
         names = list(self._open) if blob_id is None else [blob_id]
         for name in names:
             generation = self._open.get(name)
-            if generation is not None and generation.close_if_idle():
-                del self._open[name]
+            if generation is not None:
+                generation.close_if_idle()
         for generation in list(self._retired):
-            if generation.close_if_idle():
-                self._retired.discard(generation)
+            generation.close_if_idle()
 
     @property
     def is_open(self) -> bool:
         """Whether any blob is open or being opened."""
         return bool(self.open_generations() or self._loading)
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run work in the background; `close` waits for it."""
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run work in the background, whoever waits for it; `close` does."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def settled(self) -> None:
         """Return when no work is left in the background."""

@@ -12,7 +12,7 @@ from blobcache_storage.cache.base import BlobRead, CacheStatus, FileSpan
 from blobcache_storage.cache.disk import Disk
 from blobcache_storage.cache.filecache import FileCacheMgr
 from blobcache_storage.cache.root import CacheRoot
-from blobcache_storage.cache.runtime import Clock, StorageRuntime
+from blobcache_storage.cache.runtime import OPEN_FILES_MAX, Clock, StorageRuntime
 from blobcache_storage.config import BackendConfig, CacheConfig, ConfigV2, LocalFSConfig
 from blobcache_storage.device import BlobInfo, RangeRequest
 from blobcache_storage.errors import StorageError
@@ -87,6 +87,7 @@ class Rig:
         capacity_bytes: int | None = None,
         min_free_bytes: int = 0,
         capacity_bytes_config: int | None = None,
+        open_files_max: int = OPEN_FILES_MAX,
         **cache: object,
     ) -> None:
         self.directory = directory
@@ -95,13 +96,16 @@ class Rig:
         self.oracle = ByteOracle(7)
         self.backend = backend or MemoryBackend()
         self._disk = disk
+        self._open_files_max = open_files_max
         self.clock = clock
         self._capacity_bytes = capacity_bytes
         self._min_free_bytes = min_free_bytes
 
     async def start(self) -> Rig:
         """Open root and manager."""
-        self.runtime = StorageRuntime(disk=self._disk, clock=self.clock)
+        self.runtime = StorageRuntime(
+            disk=self._disk, clock=self.clock, open_files_max=self._open_files_max
+        )
         self.root = await asyncio.to_thread(
             CacheRoot.open,
             str(self.directory),

@@ -17,7 +17,8 @@ from blobcache_storage.cache.root import CacheRoot
 from blobcache_storage.config import S3Config
 from blobcache_storage.device import BlobInfo, RangeRequest
 from blobcache_storage.errors import ConfigError
-from blobcache_storage.testing.memory_backend import MemoryBackend
+from blobcache_storage.testing.cache_suite import until
+from blobcache_storage.testing.memory_backend import Fault, MemoryBackend
 
 BLOB = 10 * CHUNK
 """Takes 41 blocks: ten chunks and a map."""
@@ -266,3 +267,22 @@ async def test_usage_is_the_same_after_restart_and_right(start: StartRig) -> Non
     await rig.start()
     assert rig.manager.stats().bytes == used
     assert cached(rig) == {"a", "b"}
+
+
+async def test_what_is_on_its_way_is_not_free(start: StartRig) -> None:
+    """A fresh look at the disk does not forget what was promised and not written yet."""
+    disk = LittleDisk(100 * ON_DISK)
+    rig = await start(disk=disk, min_free_bytes=98 * ON_DISK)
+    rig.put("a", BLOB)
+    rig.put("b", 2 * BLOB)
+    hold = asyncio.Event()
+    rig.backend.fail_next(Fault(hold_body=hold))
+    reading = asyncio.create_task(rig.read("a"))
+    await until(lambda: rig.root.budget.unwritten_bytes == BLOB)
+    rig.manager.check_stat()
+    await rig.manager.table.settled()
+    assert (await rig.read("b"))[1] is CacheStatus.MISS
+    hold.set()
+    assert (await reading)[1] is CacheStatus.MISS_STORED
+    await rig.durable()
+    assert rig.root.budget.unwritten_bytes == 0
