@@ -135,6 +135,11 @@ class Finder:
             if stream is not None:
                 await stream.aclose()
             return None
+        if not self._may_begin():
+            # Suspended, cooling down or destroyed while the origin answered.
+            if stream is not None:
+                await stream.aclose()
+            return None
         generation = self._table.create(blob_id, version, self._chunk_size_bytes)
         if stream is not None:
             await self._fill_from(generation, stream, source)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blobcache_storage.cache.base import EvictionOutcome, EvictionResult, Victim
+from blobcache_storage.cache.disk import cache_error
 from blobcache_storage.cache.index import CatalogEntry
 from blobcache_storage.cache.table import version_name
 
 if TYPE_CHECKING:
     from blobcache_storage.cache.folder import Folder
     from blobcache_storage.cache.root import CacheRoot
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +90,23 @@ async def delete_folder(root: CacheRoot, folder: Folder) -> None:
     # Out of the table first: an adoption from now on makes a new folder object, and its
     # `directory` the directory anew.
     root.folders.pop(folder.name, None)
-    await root.runtime.flusher.run(folder.remove_directory)
+    try:
+        await root.runtime.flusher.run(folder.remove_directory)
+    except OSError as error:
+        # Somebody else's file is in it: what was ours is gone, and the folder may stay.
+        _log.warning("Could not remove a folder", extra={"error": str(cache_error(error))})
 
 
 async def _delete(folder: Folder, entry: CatalogEntry) -> int:
     """Delete one orphan: out of the table first, so that nobody adopts what is going."""
     del folder.entries[entry.blob_id]
+    try:
+        await folder.root.runtime.flusher.run(lambda: folder.unlink(entry.stem))
+    except OSError as error:
+        # It still takes its room; the next look at the root tries again.
+        folder.entries.setdefault(entry.blob_id, entry)
+        _log.warning("Could not delete an orphan", extra={"error": str(cache_error(error))})
+        return 0
     freed, entry.bytes = entry.bytes, 0
-    await folder.root.runtime.flusher.run(lambda: folder.unlink(entry.stem))
     folder.budget.give_back(freed)
     return freed

@@ -70,7 +70,7 @@ class BlobTable:
             if generation is not None:
                 return generation
             entry = self.folder.entries.get(blob_id)
-            if entry is None:
+            if entry is None or self._closing:
                 return None
             loading = self._loading.get(blob_id)
             if loading is None:
@@ -85,8 +85,8 @@ class BlobTable:
             loaded = await self._runtime.reader.run(generation.files.load)
         finally:
             self._loading.pop(entry.blob_id, None)
-        if self.folder.entries.get(entry.blob_id) is not entry:
-            # Evicted meanwhile: the descriptors are of unlinked files.
+        if self._closing or self.folder.entries.get(entry.blob_id) is not entry:
+            # Evicted meanwhile (then the descriptors are of unlinked files), or too late.
             generation.files.close()
         elif loaded is None:
             del self.folder.entries[entry.blob_id]
