@@ -26,16 +26,15 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from tests.faults.loop_volume import LoopVolume, enter_private_namespace
-from tests.faults.mutants import MUTATIONS
-from tests.faults.world import CHUNK_BYTES, Engine, World, chunks_fetched
 from typing_extensions import override
 
 from blobcache_storage.cache import flush
 from blobcache_storage.cache.chunk_map import HEADER_SIZE_BYTES, SLOT_SIZE_BYTES, decode_header
 from blobcache_storage.testing.faulty_disk import MUTATING, DiskCall, WatchedDisk
+from tests.faults.loop_volume import LoopVolume, enter_private_namespace
+from tests.faults.mutants import MUTATIONS
+from tests.faults.world import Engine, World, chunks_fetched
 
 CUTS_PER_EPISODE = 50
 BLOBS = 160

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from tests.faults import scale
 from tests.faults.loop_volume import Unavailable, check_available
 from tests.faults.worker import run_module
@@ -29,7 +30,7 @@ def cut(kind: str, cuts: int, *mutants: str, seed: int | None = None) -> dict[st
         arguments += ["--mutant", mutant]
     timeout = 60 + SECONDS_PER_CUT_MAX * cuts
     tally = run_module("tests.faults.power_cut", *arguments, timeout=timeout)
-    print({name: value for name, value in tally.items() if not isinstance(value, list)})
+    print({name: value for name, value in tally.items() if not isinstance(value, list)})  # noqa: T201
     by_call = tally["cuts_by_call"]
     mid_write = tally["cuts"] - by_call.get("idle", 0)
     assert tally["cuts"] == cuts, "void: too few cuts"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from blobcache_storage.cache.base import EvictionResult, Victim
 from blobcache_storage.cache.disk import Disk
 from blobcache_storage.cache.filecache import FileCacheMgr
+from blobcache_storage.cache.folder import Folder
 from blobcache_storage.cache.root import CacheRoot
 from blobcache_storage.cache.runtime import Clock, StorageRuntime, SystemClock
 from blobcache_storage.config import BackendConfig, CacheConfig, ConfigV2
@@ -93,7 +94,7 @@ class Engine:
     root: CacheRoot
     manager: FileCacheMgr
     backend: MemoryBackend
-    handles: dict[str, object] = field(default_factory=dict)
+    root_path: str
 
     @classmethod
     async def start(
@@ -125,7 +126,7 @@ class Engine:
             root.close()
             await runtime.close()
             raise
-        return cls(world, runtime, root, manager, backend)
+        return cls(world, runtime, root, manager, backend, path)
 
     async def stop(self) -> None:
         """Stop it as an agent does that ends."""
@@ -147,6 +148,11 @@ class Engine:
             if blob_id in versions
         ]
         return await self.manager.evict(victims)
+
+    @property
+    def folder(self) -> Folder:
+        """The configuration's folder."""
+        return self.manager.table.folder
 
     @property
     def corrupt_chunks(self) -> int:
