@@ -27,7 +27,7 @@ from blobcache_api.agent import (
 )
 from blobcache_api.v1alpha1.common import MalformedError, Model
 from blobcache_operator.certificates import AGENT_DNS_NAME
-from blobcache_operator.errors import AgentError, NewerLeader
+from blobcache_operator.errors import AgentError, NewerLeader, StateOutdated
 
 CONNECT_SECONDS = 5.0
 PUSH_SECONDS = 20.0
@@ -87,7 +87,8 @@ class AgentClient:
 
         Raises:
             NewerLeader: The agent follows a higher epoch.
-            AgentError: `StateOutdated` when it has a newer revision of this epoch, else any.
+            StateOutdated: It has a newer revision of this epoch.
+            AgentError: Anything else.
         """
         if len(state) > STATE_SIZE_BYTES_MAX:
             raise AgentError(
@@ -102,7 +103,7 @@ class AgentClient:
             stale = _parse(StaleState, raw, ANSWER_SIZE_BYTES_MAX)
             if stale.epoch > epoch:
                 raise NewerLeader(stale.epoch)
-            raise AgentError("StateOutdated", "The agent has a newer state of this leader.")
+            raise StateOutdated(stale.revision)
         if status == 400:
             raise AgentError("StateRefused", f"The agent refused the state: {_quote(raw)}")
         _require_ok(status, raw)

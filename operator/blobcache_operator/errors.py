@@ -3,12 +3,13 @@ What can go wrong at the operator's edges.
 
 OperatorError
 ├── KubeError                 the API server said no, or nothing
-│   ├── KubeUnavailable       no answer, 5xx or 429 after the retries; try again later
+│   ├── KubeUnavailable       no answer, 5xx, 401, or 429 after the retries; try again later
 │   ├── NotFound              404
 │   ├── Conflict              409: somebody else was faster
 │   ├── Gone                  410: a page token or a watch is too old; list again
-│   └── Forbidden             401, 403: the operator lacks a right
+│   └── Forbidden             403: the operator lacks a right
 ├── AgentError                one agent did not do what was asked; `reason` is CamelCase
+│   └── StateOutdated         it has a newer state of this leader
 ├── NewerLeader               an agent knows a higher epoch than ours
 ├── LeadershipLost            the Lease is somebody else's, or could not be renewed in time
 └── SettingsError             the command line or the environment asks for something impossible
@@ -69,6 +70,22 @@ class AgentError(OperatorError):
         super().__init__(f"{reason}: {message}")
         self.reason = reason
         self.message = message
+
+
+class StateOutdated(AgentError):
+    """
+    An agent has accepted a later revision of this very epoch.
+
+    An answer was lost, or the conversation is new and the agent has a past: its pod was replaced
+    and found the state on the node's disk.
+
+    Args:
+        revision: The agent's revision.
+    """
+
+    def __init__(self, revision: int) -> None:
+        super().__init__("StateOutdated", "The agent has a newer state of this leader.")
+        self.revision = revision
 
 
 class NewerLeader(OperatorError):

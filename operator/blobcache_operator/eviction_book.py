@@ -55,9 +55,10 @@ class EvictionBook:
         for uid, own in by_config.items():
             page = self._pages.get(uid)
             if page is not None:
-                page.plan.pop(node, None)  # the latest node's plan is shown first
-                page.plan = {node: _sample(node, own), **page.plan}
-                page.plan = dict(list(page.plan.items())[:PLAN_MAX])
+                # The latest node's plan is shown first. Replaced, not changed: passes read it in
+                # a thread of their own.
+                others = [item for item in page.plan.items() if item[0] != node]
+                page.plan = dict([(node, _sample(node, own)), *others][:PLAN_MAX])
         return self._count(node, decisions, response, now)
 
     def news(self, uid: str) -> EvictionNews:

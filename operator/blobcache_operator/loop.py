@@ -30,12 +30,12 @@ from blobcache_operator.leadership import Term
 from blobcache_operator.node_objects import COLLECTION, NodeObjects
 from blobcache_operator.node_rollup import roll_up_node
 from blobcache_operator.pushes import Commons, Fleet, FleetContext
-from blobcache_operator.reconcile import Plan, Sealer, reconcile
+from blobcache_operator.reconcile import Plan, Sealer, Verdict, reconcile
 from blobcache_operator.rollup import roll_up
 from blobcache_operator.secrets import SecretReader, secret_name
 from blobcache_operator.settings import OperatorSettings
 from blobcache_operator.snapshot import AgentFacts, ConfigFacts, Limits, Snapshot
-from blobcache_operator.status_writer import Offer, StatusWriter
+from blobcache_operator.status_writer import Offer, StatusWriter, Written
 from blobcache_operator.traffic import TrafficLedger
 
 RELIST_SECONDS = 30.0
@@ -158,6 +158,12 @@ class Leader:
                 failures += 1
                 pause = min(LIST_RETRY_SECONDS_MAX, 0.5 * 2.0 ** min(failures, 10))
                 log.warning("Cluster could not be listed", error=str(error), retry_seconds=pause)
+            except errors.LeadershipLost:
+                raise
+            except Exception:  # whatever one object has in it, the others' news must come through
+                failures += 1
+                pause = LIST_RETRY_SECONDS_MAX
+                log.exception("Look at the cluster broke, trying again", retry_seconds=pause)
             self._think.set()
             await asyncio.sleep(PASS_INTERVAL_SECONDS_MIN if not failures else pause)
             await _wait(self._look_bell, pause)
@@ -175,6 +181,7 @@ class Leader:
             (config.uid for config in listing.configs), reported, listing.time
         )
         self._listing = listing
+        self._secrets.forget_unnamed()
         self.fleet.set_agents(listing.agents)
 
     async def _refresh_issuer(self) -> None:
@@ -198,11 +205,23 @@ class Leader:
             self.last_turn = started
             if self._listing is not None:
                 with metrics.PASS_SECONDS.time():
-                    await self._pass(self._listing)
-                metrics.PASSES.labels(result="ok").inc()
-                metrics.LAST_PASS.set_to_current_time()
+                    is_ok = await self._try_pass(self._listing)
+                metrics.PASSES.labels(result="ok" if is_ok else "failed").inc()
+                if is_ok:
+                    metrics.LAST_PASS.set_to_current_time()
             length = self._loop.time() - started
             await asyncio.sleep(max(PASS_INTERVAL_SECONDS_MIN, PASS_LOAD_MAX * length))
+
+    async def _try_pass(self, listing: facts.Listing) -> bool:
+        """Make a pass; a mistake of ours in it must not end every tenant's service for good."""
+        try:
+            await self._pass(listing)
+        except errors.LeadershipLost:
+            raise
+        except Exception:
+            log.exception("Pass broke, trying again at the next bell")
+            return False
+        return True
 
     async def _pass(self, listing: facts.Listing) -> None:
         snapshot = self._snapshot(listing)
@@ -224,7 +243,7 @@ class Leader:
 
     def _with_status(self, config: ConfigFacts, listing: facts.Listing) -> ConfigFacts:
         """Return the config with its newest status: ours, if we wrote since the LIST."""
-        written = self._writer.written(facts.config_path(config))
+        written = self._writer.written(facts.config_path(config), config.uid)
         if written is None or written.time < listing.start_time:
             return config
         assert isinstance(written.status, BlobCacheConfigStatus)
@@ -236,22 +255,24 @@ class Leader:
         statuses = {}
         for config in snapshot.configs:
             verdict = plan.verdicts[config.uid]
-            self._book.open(config.uid, config.status)
-            totals = self._traffic.update(
-                config.uid, verdict.selected, snapshot.agents, config.status, snapshot.now
-            )
-            statuses[config.uid] = roll_up(
-                config,
-                verdict,
-                snapshot.agents,
-                totals,
-                self._book.news(config.uid),
-                now=snapshot.now,
-            )
+            try:
+                statuses[config.uid] = self._roll_up(config, verdict, snapshot)
+            except Exception:  # one config's status is not worth all the others'
+                log.exception("Status could not be made", config=config.key)
         living = {config.uid for config in snapshot.configs}
         self._traffic.forget_all_but(living)
         self._book.forget_all_but(living)
         return Deed(plan, statuses)
+
+    def _roll_up(
+        self, config: ConfigFacts, verdict: Verdict, snapshot: Snapshot
+    ) -> BlobCacheConfigStatus:
+        self._book.open(config.uid, config.status)
+        totals = self._traffic.update(
+            config.uid, verdict.selected, snapshot.agents, config.status, snapshot.now
+        )
+        news = self._book.news(config.uid)
+        return roll_up(config, verdict, snapshot.agents, totals, news, now=snapshot.now)
 
     def _limits(self) -> Limits:
         settings = self._settings
@@ -268,10 +289,15 @@ class Leader:
     def _act(self, listing: facts.Listing, snapshot: Snapshot, deed: Deed) -> None:
         self._push(listing, deed.plan)
         for config in snapshot.configs:
-            self._offer_config(config, deed.config_statuses[config.uid])
+            if config.uid in deed.config_statuses:
+                self._offer_config(config, deed.config_statuses[config.uid])
         self._node_objects.set_wanted(set(listing.agents), set(self._settings.agent), listing.nodes)
         for name in self._node_objects.names():
             self._offer_node(name, snapshot.agents.get(name), snapshot.now)
+        self._writer.forget_all_but(
+            {facts.config_path(config) for config in snapshot.configs}
+            | {f"{COLLECTION}/{name}" for name in self._node_objects.names()}
+        )
         self._count(snapshot, deed.plan)
 
     def _push(self, listing: facts.Listing, plan: Plan) -> None:
@@ -303,7 +329,8 @@ class Leader:
 
     def _offer_config(self, config: ConfigFacts, wanted: BlobCacheConfigStatus) -> None:
         path = facts.config_path(config)
-        urgency = config_urgency(config.status, wanted, age_seconds=self._age(path))
+        age = self._age(self._writer.written(path, config.uid))
+        urgency = config_urgency(config.status, wanted, age_seconds=age)
         self._writer.offer(Offer("config", path, config.uid, wanted, urgency))
 
     def _offer_node(self, name: str, agent: AgentFacts | None, now: datetime.datetime) -> None:
@@ -312,15 +339,14 @@ class Leader:
         if found is None:
             self._writer.forget(path)
             return
-        written = self._writer.written(path)
+        written = self._writer.written(path, found.uid)
         before = written.status if written else found.status
         assert before is None or isinstance(before, BlobCacheNodeStatus)
         wanted = roll_up_node(agent, before, now=now)
-        urgency = node_urgency(before, wanted, age_seconds=self._age(path))
+        urgency = node_urgency(before, wanted, age_seconds=self._age(written))
         self._writer.offer(Offer("node", path, found.uid, wanted, urgency))
 
-    def _age(self, path: str) -> float:
-        written = self._writer.written(path)
+    def _age(self, written: Written | None) -> float:
         return self._loop.time() - (written.time if written else self._start_time)
 
     def _note_missing(self, path: str) -> None:

@@ -28,7 +28,7 @@ from blobcache_operator.agent_client import (
     AgentClient,
 )
 from blobcache_operator.discovery import AgentAddress
-from blobcache_operator.errors import AgentError, LeadershipLost, NewerLeader
+from blobcache_operator.errors import AgentError, LeadershipLost, NewerLeader, StateOutdated
 from blobcache_operator.leadership import Term
 from blobcache_operator.reconcile import NodePlan
 from blobcache_operator.reports import condense
@@ -41,6 +41,9 @@ RESYNC_JITTER = 0.1
 # An agent that answers its long poll at once, again and again, is held to this.
 REPORT_INTERVAL_SECONDS_MIN = 0.5
 EVICTION_INTERVAL_SECONDS_MIN = 10.0
+# Learning an agent's revision takes one push; one that refuses more is in trouble.
+OUTDATED_PUSHES_MAX = 2
+REVISION_MAX = 2**53
 
 log = structlog.get_logger(__name__)
 
@@ -142,7 +145,12 @@ class AgentTask:
             except AgentError as error:
                 metrics.PUSHES.labels(result="failed").inc()
                 self._push_failures += 1
-                if error.reason != "StateOutdated":
+                if isinstance(error, StateOutdated):
+                    self._go_above(error.revision)
+                    is_told = self._push_failures > OUTDATED_PUSHES_MAX
+                else:
+                    is_told = True
+                if is_told:
                     self._tell(error)
                     self._update(push_failure=Failure(error.reason, error.message))
                 await self._wait_for_plan(_backoff(self._push_failures))
@@ -151,6 +159,13 @@ class AgentTask:
             if pause is not None:
                 pause *= random.uniform(1 - RESYNC_JITTER, 1 + RESYNC_JITTER)  # noqa: S311
             await self._wait_for_plan(pause)
+
+    def _go_above(self, revision: int) -> None:
+        """Let the next state be newer than the agent's, unless it tells a revision nobody made."""
+        self._state = None
+        self._revision += 1
+        if revision < REVISION_MAX:
+            self._revision = max(self._revision, revision)
 
     async def _wait_for_plan(self, seconds: float | None) -> None:
         with contextlib.suppress(TimeoutError):
@@ -172,11 +187,6 @@ class AgentTask:
                     result = await self._context.client.push(
                         self.address.url, raw, epoch=state.epoch
                     )
-                except AgentError as error:
-                    if error.reason == "StateOutdated":
-                        self._state = None  # an answer was lost; go on above its revision
-                        self._revision += 1
-                    raise
                 except NewerLeader as newer:
                     if self._context.is_credible(newer.epoch):
                         raise

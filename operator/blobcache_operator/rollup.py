@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from blobcache_api.quantity import format_quantity
+from blobcache_api.v1alpha1.common import INT64_MAX
 from blobcache_api.v1alpha1.config import (
     FAILURES_MAX,
     BlobCacheConfigStatus,
@@ -256,10 +257,10 @@ def _usage(config: ConfigFacts, survey: _Survey) -> UsageStatus:
     cached = sum(figures.bytes for figures in survey.figures.values())
     capacity = config.spec.cache.capacity if config.spec else None
     return UsageStatus(
-        bytes=cached,
-        blobs=sum(figures.blobs for figures in survey.figures.values()),
-        capacity_bytes=None if capacity is None else capacity * len(survey.selected),
-        cached=format_quantity(cached),
+        bytes=_bound(cached),
+        blobs=_bound(sum(figures.blobs for figures in survey.figures.values())),
+        capacity_bytes=None if capacity is None else _bound(capacity * len(survey.selected)),
+        cached=format_quantity(_bound(cached)),
     )
 
 
@@ -296,10 +297,15 @@ def _prefetch(config: ConfigFacts, survey: _Survey) -> PrefetchStatus | None:
     return PrefetchStatus(
         blobs=blobs,
         blobs_ready=blobs_ready,
-        bytes=total,
-        bytes_ready=ready,
+        bytes=_bound(total),
+        bytes_ready=_bound(ready),
         percent=_percent(ready, total, is_complete=blobs_ready == blobs > 0),
     )
+
+
+def _bound(number: int) -> int:
+    """Return what a status can hold: sizes are a tenant's to claim, their sums have no end."""
+    return min(number, INT64_MAX)
 
 
 def _percent(ready: int, total: int, *, is_complete: bool) -> int:

@@ -63,7 +63,7 @@ class SecretReader:
 
     async def refresh(self, configs: Iterable[ConfigFacts]) -> bool:
         """
-        Read what is due; drop what nobody names any more.
+        Read what is due. What nobody names any more stays until `forget_unnamed`.
 
         Returns:
             Whether anything is different now.
@@ -77,8 +77,6 @@ class SecretReader:
             if (name := secret_name(config)) is not None:
                 found.setdefault(name, set()).add((config.uid, config.generation))
         users = {name: frozenset(uses) for name, uses in found.items()}
-        for gone in self._known.keys() - users.keys():
-            del self._known[gone]
         now = asyncio.get_running_loop().time()
         # Who changes a config has often just changed its Secret, too.
         due = [
@@ -94,6 +92,16 @@ class SecretReader:
                 raise answer
         return before != self._known
 
+    def forget_unnamed(self) -> None:
+        """
+        Drop what the configs of the last refresh do not name.
+
+        To be called once nobody asks for the configs of an earlier one any more.
+        """
+        for table in (self._known, self._read_time, self._unreadable_since):
+            for gone in table.keys() - self._users.keys():
+                del table[gone]
+
     def seconds_until_due(self) -> float:
         """Return when the next Secret is to be read, at most the interval from now."""
         now = asyncio.get_running_loop().time()
@@ -107,7 +115,7 @@ class SecretReader:
         labels = known.labels or {}
         is_usable = known.failure is None and labels.get(rules.LABEL) == "true"
         interval = self._interval_seconds
-        if not is_usable:
+        if not is_usable or name in self._unreadable_since:
             interval = min(interval, PROBLEM_INTERVAL_SECONDS)
         return self._read_time.get(name, float("-inf")) + interval
 
@@ -146,6 +154,7 @@ class SecretReader:
             since = self._unreadable_since.setdefault(name, loop.time())
             if name in self._known:
                 log.info("Secret was not read, keeping what is known", secret="/".join(name))
+                self._read_time[name] = loop.time()  # each look lists the cluster: not at once
                 return
             if loop.time() - since < UNREADABLE_SECONDS_MAX:
                 raise

@@ -41,6 +41,7 @@ class Offer:
 class Written:
     """What an object's status is since our last write in this leadership."""
 
+    uid: str
     status: Model
     time: float
 
@@ -73,9 +74,10 @@ class StatusWriter:
         self._failures: dict[str, int] = {}
         self._bell = asyncio.Event()
 
-    def written(self, path: str) -> Written | None:
-        """Return the last write of an object in this leadership."""
-        return self._written.get(path)
+    def written(self, path: str, uid: str) -> Written | None:
+        """Return the last write in this leadership of the object that has this uid."""
+        found = self._written.get(path)
+        return found if found is not None and found.uid == uid else None
 
     def offer(self, offer: Offer) -> None:
         """Replace what should be written to an object; with nothing to say, withdraw it."""
@@ -89,6 +91,12 @@ class StatusWriter:
         """Drop all that is known of an object."""
         for table in (self._offers, self._written, self._not_before, self._failures):
             table.pop(path, None)
+
+    def forget_all_but(self, paths: set[str]) -> None:
+        """Drop all that is known of other objects; they are gone."""
+        for table in (self._offers, self._written, self._not_before, self._failures):
+            for gone in table.keys() - paths:
+                del table[gone]
 
     async def run(self) -> None:
         """Write until cancelled or the leadership is over."""
@@ -110,9 +118,11 @@ class StatusWriter:
         )
         return min(due, key=self._order, default=None)
 
-    def _order(self, offer: Offer) -> tuple[int, float, str]:
+    def _order(self, offer: Offer) -> tuple[int, bool, float, str]:
+        """Sort the most urgent first, people's own objects before nodes, then the longest wait."""
         last = self._written.get(offer.path)
-        return (offer.urgency.value, last.time if last else 0.0, offer.path)
+        waited_since = last.time if last else 0.0
+        return (offer.urgency.value, offer.kind != "config", waited_since, offer.path)
 
     def _next_time(self, now: float) -> float | None:
         times = [self._not_before.get(path, now) for path in self._offers]
@@ -146,19 +156,19 @@ class StatusWriter:
             return
         metrics.STATUS_WRITES.labels(kind=offer.kind, result="ok").inc()
         self._failures.pop(offer.path, None)
-        self._written[offer.path] = Written(offer.status, loop.time())
+        self._written[offer.path] = Written(offer.uid, offer.status, loop.time())
         self._not_before[offer.path] = loop.time() + INTERVAL_SECONDS_MIN
         if self._offers.get(offer.path) is offer:
             del self._offers[offer.path]
 
 
-async def take_token(bucket: WriteBucket) -> None:
-    """Wait for one write of the budget."""
+async def take_token(bucket: WriteBucket, *, spare: float = 0.0) -> None:
+    """Wait for one write of the budget; with `spare`, let those without it go first."""
     loop = asyncio.get_running_loop()
-    delay = bucket.take(loop.time())
+    delay = bucket.take(loop.time(), spare=spare)
     while delay > 0:
         await asyncio.sleep(delay)
-        delay = bucket.take(loop.time())
+        delay = bucket.take(loop.time(), spare=spare)
 
 
 def status_patch(status: Model) -> JSONObject:

@@ -2,7 +2,8 @@
 Counters that do not go backwards, made of counters that restart with every agent.
 
 Per config and node the last reading is kept. When an agent restarts, its old reading is carried
-over; so it is when a node no longer counts. When a leadership begins, what its predecessor wrote
+over. A node that no longer counts keeps its reading for a while: it may come back with counters
+that went on, which must not be counted again. When a leadership begins, what its predecessor wrote
 is the floor: the difference to what agents say now is carried, with the time it counts from.
 """
 
@@ -10,6 +11,7 @@ import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from blobcache_api.v1alpha1.common import INT64_MAX
 from blobcache_api.v1alpha1.config import BlobCacheConfigStatus
 from blobcache_operator.snapshot import AgentFacts, ConfigFigures
 
@@ -25,6 +27,8 @@ FIELDS = (
 
 Figures = tuple[int, ...]
 _ZERO: Figures = (0,) * len(FIELDS)
+# Nodes come and go for as long as a leadership lasts; of those that went, so many are remembered.
+DEPARTED_MAX = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +84,7 @@ class TrafficLedger:
                 _read(account, node, report.incarnation, _figures(figures))
                 start = report.start_time
                 account.since = min(account.since or start, start)
-        for node in account.readings.keys() - set(selected):
-            _, last = account.readings.pop(node)
-            account.carried = _add(account.carried, last)
+        _settle_departed(account, set(selected))
         current = account.carried
         for _, reading in account.readings.values():
             current = _add(current, reading)
@@ -127,7 +129,16 @@ def _read(account: _Account, node: str, incarnation: str, figures: Figures) -> N
         fell = any(new < old for new, old in zip(figures, last, strict=True))
         if last_incarnation != incarnation or fell:
             account.carried = _add(account.carried, last)
+        del account.readings[node]  # the latest reading goes last
     account.readings[node] = (incarnation, figures)
+
+
+def _settle_departed(account: _Account, selected: set[str]) -> None:
+    """Carry over the readings of the nodes that have been gone for longest."""
+    departed = [node for node in account.readings if node not in selected]
+    for node in departed[: max(0, len(departed) - DEPARTED_MAX)]:
+        _, last = account.readings.pop(node)
+        account.carried = _add(account.carried, last)
 
 
 def _figures(config: ConfigFigures) -> Figures:
@@ -135,4 +146,5 @@ def _figures(config: ConfigFigures) -> Figures:
 
 
 def _add(left: Figures, right: Figures) -> Figures:
-    return tuple(a + b for a, b in zip(left, right, strict=True))
+    # An agent may claim anything; what cannot be written shall not stop what can.
+    return tuple(min(a + b, INT64_MAX) for a, b in zip(left, right, strict=True))

@@ -116,12 +116,14 @@ def test_a_counter_that_falls_counts_as_a_restart() -> None:
 
 
 def test_a_node_that_leaves_leaves_its_counts() -> None:
-    """The total does not fall when a selector loses a node."""
+    """The total does not fall when a selector loses a node; what it counts after that is added."""
     ledger, uid = TrafficLedger(), config("a").uid
     assert _update(ledger, _reading(10)) == 10
     totals = ledger.update(uid, (), {}, None, NOW)
     assert totals["requests"] == 10
-    assert _update(ledger, _reading(12)) == 22
+    assert _update(ledger, _reading(12)) == 12
+    assert ledger.update(uid, (), {}, None, NOW)["requests"] == 12
+    assert _update(ledger, _reading(5)) == 17
 
 
 def _written(requests: int) -> BlobCacheConfigStatus:
