@@ -95,6 +95,9 @@ class Finder:
             if not self._may_begin() or blob_id in self._uncacheable:
                 return None
             learning, leads = self._learning.get(blob_id), False
+            if learning is not None and learning.is_abandoned:
+                await learning.settle()  # its readers left; its end is no answer to us
+                continue
             if learning is None:
                 leads = True
                 learning = SharedWork(self._learn(blob_id, request, source))
@@ -182,10 +185,12 @@ class Finder:
         if stream.span.end == generation.version.size_bytes:
             end = generation.chunk_count
         fetch = None
-        if first < end:
-            fetch = await self._start(generation, first, end, source, stream)
-        if fetch is None:
-            await stream.aclose()
+        try:
+            if first < end:
+                fetch = await self._start(generation, first, end, source, stream)
+        finally:
+            if fetch is None:
+                await stream.aclose()
 
     async def start_fetch(
         self, generation: Generation, first: int, end: int, source: RequestSource

@@ -272,6 +272,7 @@ class Prefetcher:
         check.join()
         try:
             while not check.is_done:
+                await self._fill(generation)  # what proves wrong on the disk is fetched again
                 await check.wait_a_while()
             check.require()
         except DigestMismatch:

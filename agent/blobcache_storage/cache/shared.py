@@ -15,6 +15,16 @@ class SharedWork(Generic[T]):
     def __init__(self, work: Coroutine[Any, Any, T]) -> None:
         self._task = asyncio.get_running_loop().create_task(work)
         self._waiting = 0
+        self._is_abandoned = False
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether it was cancelled: who comes now must not wait for it, but begin anew."""
+        return self._is_abandoned
+
+    async def settle(self) -> None:
+        """Return when it has ended, however it did."""
+        await asyncio.wait([self._task])
 
     async def wait(self) -> T:
         """Return its result, or raise its error."""
@@ -26,4 +36,5 @@ class SharedWork(Generic[T]):
         finally:
             self._waiting -= 1
             if not self._waiting and not self._task.done():
+                self._is_abandoned = True
                 self._task.cancel()

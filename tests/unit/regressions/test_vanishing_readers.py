@@ -11,11 +11,12 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.unit.cache.rig import CHUNK, Rig, take
+from tests.unit.cache.rig import CHUNK, Rig, make_config, take
 from typing_extensions import override
 
 from blobcache_storage.cache.base import CacheStatus, EvictionOutcome, Victim
 from blobcache_storage.cache.table import version_name
+from blobcache_storage.config import PrefetchConfig
 from blobcache_storage.device import BlobInfo, RangeRequest
 from blobcache_storage.errors import OriginUnreachable
 from blobcache_storage.testing.cache_suite import until
@@ -120,4 +121,60 @@ async def test_a_full_disk_serves_and_evicts_after_a_restart(tmp_path: Path) -> 
     assert not disk.failed
     disk.heal()
     await until(lambda: not rig.manager.table.folder.budget.used_bytes)
+    await rig.stop()
+
+
+async def test_who_gives_up_while_room_is_made_leaves_no_connection(tmp_path: Path) -> None:
+    """The answer that was opened already is closed."""
+    disk = GatedDisk()
+    rig = await Rig(tmp_path / "root", disk=disk, capacity_bytes_config=20 * CHUNK).start()
+    rig.put("a", 15 * CHUNK)
+    rig.put("b", 15 * CHUNK)
+    await rig.read("a")
+    await rig.durable()
+    disk.holds = lambda call: call.operation == "unlink" and call.kind == "map"
+    await give_up_in(disk, rig.read("b"))
+    await until(lambda: not rig.backend.open_streams)
+    await rig.stop()
+
+
+async def test_who_comes_while_the_last_gives_up_is_served(rig: Rig) -> None:
+    """A first request is ended with its last reader, and not with the next one."""
+    data = rig.put("a", 3 * CHUNK)
+    ended = asyncio.Event()
+    fetch = rig.backend.fetch
+
+    async def fetch_that_ends_slowly(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await fetch(*args, **kwargs)
+        finally:
+            await ended.wait()
+
+    rig.backend.fail_next(Fault(latency_seconds=3600))
+    rig.backend.fetch = fetch_that_ends_slowly  # type: ignore[method-assign]
+    first = asyncio.create_task(rig.read("a"))
+    await until(lambda: bool(rig.backend.fetches))
+    first.cancel()
+    await asyncio.wait([first])
+    second = asyncio.create_task(rig.read("a"))
+    await asyncio.sleep(0)
+    ended.set()
+    assert (await second)[0] == data
+
+
+async def test_warming_mends_a_chunk_that_rotted_on_the_disk(tmp_path: Path) -> None:
+    """The digest check finds it; what it discards must be fetched, or warming never ends."""
+    rig = await Rig(tmp_path / "root").start()
+    data = rig.put("a", 10 * CHUNK)
+    await rig.read("a")
+    await rig.stop()
+    (file,) = rig.directory.rglob("*.data")
+    with file.open("r+b") as stream:
+        stream.seek(5 * CHUNK)
+        stream.write(bytes([data[5 * CHUNK] ^ 1]))
+    blob = BlobInfo("a", len(data), f"sha256:{hashlib.sha256(data).hexdigest()}")
+    rig.config = make_config(prefetch=PrefetchConfig(enable=True, blobs=(blob,)))
+    await rig.start()
+    await until(lambda: rig.manager.stats().prefetch_blobs_ready == 1)
+    assert await rig.read("a") == (data, CacheStatus.HIT)
     await rig.stop()
