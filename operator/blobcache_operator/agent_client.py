@@ -56,15 +56,16 @@ class AgentClient:
 
     def __init__(self, context: ssl.SSLContext) -> None:
         self._context = context
-        self._session: aiohttp.ClientSession | None = None
+        self._polls: aiohttp.ClientSession | None = None
+        self._orders: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
-            # Unlimited: who may speak at once is the callers' business, and a long poll holds its
-            # connection. One for the poll and a short-lived one for pushes, per agent.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15, ssl=self._context),
-            read_bufsize=16 * 1024,
-        )
+        # Unlimited: who may speak at once is the callers' business. Each agent's long poll holds a
+        # connection (80 KiB); a push, once a minute, gives its own back at once.
+        polls = aiohttp.TCPConnector(limit=0, keepalive_timeout=15, ssl=self._context)
+        orders = aiohttp.TCPConnector(limit=0, force_close=True, ssl=self._context)
+        self._polls = aiohttp.ClientSession(connector=polls, read_bufsize=16 * 1024)
+        self._orders = aiohttp.ClientSession(connector=orders, read_bufsize=16 * 1024)
         return self
 
     async def __aexit__(
@@ -73,8 +74,9 @@ class AgentClient:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._session is not None:
-            await self._session.close()
+        for session in (self._polls, self._orders):
+            if session is not None:
+                await session.close()
 
     async def push(self, url: str, state: bytes, *, epoch: int) -> ApplyResult:
         """
@@ -143,10 +145,11 @@ class AgentClient:
         *,
         body: bytes | None = None,
     ) -> tuple[int, bytes]:
-        assert self._session is not None, "use `async with AgentClient(...)`"
+        session = self._polls if method == "GET" else self._orders
+        assert session is not None, "use `async with AgentClient(...)`"
         headers = {"Content-Type": "application/json"} if body is not None else {}
         try:
-            async with self._session.request(
+            async with session.request(
                 method,
                 url,
                 data=body,

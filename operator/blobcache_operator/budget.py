@@ -44,16 +44,22 @@ class WriteBucket:
         self._tokens = burst
         self._time: float | None = None
 
-    def take(self, now: float) -> float:
-        """Take one token; return 0, or the seconds until there is one (then none was taken)."""
+    def take(self, now: float, *, spare: float = 0.0) -> float:
+        """
+        Take one token; return 0, or the seconds until there is one (then none was taken).
+
+        Args:
+            now: Seconds of a clock that does not jump.
+            spare: Tokens that must be left for those who matter more.
+        """
         if self._time is not None:
             elapsed = max(0.0, now - self._time)
             self._tokens = min(self._burst, self._tokens + elapsed * self._rate)
         self._time = now
-        if self._tokens >= 1.0:
+        if self._tokens >= 1.0 + spare:
             self._tokens -= 1.0
             return 0.0
-        return (1.0 - self._tokens) / self._rate
+        return (1.0 + spare - self._tokens) / self._rate
 
 
 def config_urgency(

@@ -276,7 +276,7 @@ def _error_of(status: int, raw: bytes) -> errors.KubeError:
         body = {}
     reason = str(body.get("reason") or "Unknown")
     message = str(body.get("message") or raw[:200].decode(errors="replace"))
-    if status in (401, 403):
+    if status == 403:
         return errors.Forbidden(status, reason, message)
     if status == 404:
         return errors.NotFound(status, reason, message)
@@ -284,7 +284,8 @@ def _error_of(status: int, raw: bytes) -> errors.KubeError:
         return errors.Conflict(status, reason, message)
     if status == 410:
         return errors.Gone(status, reason, message)
-    if status == 429 or status >= 500:
+    # 401 is about our token, not about what was asked for: nothing may be concluded from it.
+    if status in (401, 429) or status >= 500:
         return errors.KubeUnavailable(status, reason, message)
     return errors.KubeError(status, reason, message)
 

@@ -18,6 +18,8 @@ from blobcache_operator.status_writer import take_token
 COLLECTION = "/apis/blobcache.dev/v1alpha1/blobcachenodes"
 RELIST_SECONDS = 600.0
 RETRY_SECONDS = 5.0
+# A thousand new nodes take minutes at the cluster's rate; conditions of configs must not wait.
+SPARE_TOKENS = 2.0
 
 log = structlog.get_logger(__name__)
 
@@ -137,7 +139,7 @@ class NodeObjects:
         return True
 
     async def _delete(self, name: str, found: NodeObject) -> None:
-        await take_token(self._bucket)
+        await take_token(self._bucket, spare=SPARE_TOKENS)
         self._term.check()
         try:
             await self._kube.delete(f"{COLLECTION}/{name}", uid=found.uid)
@@ -156,7 +158,7 @@ class NodeObjects:
             "kind": "BlobCacheNode",
             "metadata": metadata,
         }
-        await take_token(self._bucket)
+        await take_token(self._bucket, spare=SPARE_TOKENS)
         self._term.check()
         try:
             created = await self._kube.create(COLLECTION, body)

@@ -59,6 +59,8 @@ class SecretReader:
         self._users: dict[SecretName, frozenset[tuple[str, int]]] = {}
         """Uid and generation of the configs that a Secret was last read for."""
         self._unreadable_since: dict[SecretName, float] = {}
+        self._unfit: set[SecretName] = set()
+        """Secrets that were read but gave a config no credentials."""
         self._slots = asyncio.Semaphore(READS_AT_ONCE_MAX)
 
     async def refresh(self, configs: Iterable[ConfigFacts]) -> bool:
@@ -101,6 +103,7 @@ class SecretReader:
         for table in (self._known, self._read_time, self._unreadable_since):
             for gone in table.keys() - self._users.keys():
                 del table[gone]
+        self._unfit &= self._users.keys()
 
     def seconds_until_due(self) -> float:
         """Return when the next Secret is to be read, at most the interval from now."""
@@ -115,7 +118,7 @@ class SecretReader:
         labels = known.labels or {}
         is_usable = known.failure is None and labels.get(rules.LABEL) == "true"
         interval = self._interval_seconds
-        if not is_usable or name in self._unreadable_since:
+        if not is_usable or name in self._unfit or name in self._unreadable_since:
             interval = min(interval, PROBLEM_INTERVAL_SECONDS)
         return self._read_time.get(name, float("-inf")) + interval
 
@@ -132,6 +135,7 @@ class SecretReader:
             known.type, known.data or {}, config.spec.backend, namespace=name[0]
         )
         if isinstance(found, rules.CredentialsProblem):
+            self._unfit.add(name)
             return CredentialFacts(
                 version=known.version, problem=Failure(found.reason, found.message)
             )
@@ -167,6 +171,7 @@ class SecretReader:
             )
         self._read_time[name] = loop.time()
         self._unreadable_since.pop(name, None)
+        self._unfit.discard(name)
 
 
 def secret_name(config: ConfigFacts) -> SecretName | None:

@@ -70,7 +70,7 @@ GONE: Answer = (410, {}, {"reason": "Expired", "message": "too old"})
 
 async def test_a_list_is_all_its_pages(server: Server, client: Kube) -> None:
     """The continue token is followed to the end."""
-    server.answers = [_page("a", token_source=lambda: "1"), _page("b", token="2"), _page("c")]
+    server.answers = [_page("a", token="1"), _page("b", token="2"), _page("c")]
     found = await client.list_all("/things", labelSelector="x=y")
     assert [item["metadata"]["name"] for item in found] == ["a", "b", "c"]
     assert [request.query.get("continue") for request in server.asked] == [None, "1", "2"]
@@ -80,7 +80,7 @@ async def test_a_list_is_all_its_pages(server: Server, client: Kube) -> None:
 
 async def test_a_list_that_expires_between_pages_starts_again(server: Server, client: Kube) -> None:
     """Half a list is never returned."""
-    server.answers = [_page("a", token_source=lambda: "1"), GONE, _page("a", token="3"), _page("b")]
+    server.answers = [_page("a", token="1"), GONE, _page("a", token="3"), _page("b")]
     found = await client.list_all("/things")
     assert [item["metadata"]["name"] for item in found] == ["a", "b"]
 
@@ -98,7 +98,7 @@ async def test_a_list_without_end_fails(
 ) -> None:
     """A server that never stops paging does not fill the memory."""
     monkeypatch.setattr(kube, "PAGES_MAX", 5)
-    server.answers = [_page("a", token_source=lambda: "more")]
+    server.answers = [_page("a", token="more")]
     with pytest.raises(errors.KubeError, match="ListTooLong"):
         await client.list_all("/things")
 
