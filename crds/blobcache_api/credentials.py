@@ -74,13 +74,24 @@ class _SecretName:
         return f"Secret '{self.namespace}/{self.name}'"
 
     def replace_command(self, keys: tuple[str, ...]) -> str:
-        """Return the command that replaces the Secret by one with these keys."""
+        """
+        Return the command that replaces the Secret by one with these keys.
+
+        By force, which deletes it first: `apply` keeps other keys, and refuses another type.
+        """
+        create = f"{self._create_command(keys)} --dry-run=client -o yaml"
+        return f"{create} | kubectl replace --force -f -, then {self.label_command}"
+
+    def create_command(self, keys: tuple[str, ...]) -> str:
+        """Return the command that creates the Secret with these keys."""
+        return f"{self._create_command(keys)}, then {self.label_command}"
+
+    def _create_command(self, keys: tuple[str, ...]) -> str:
         kind, values = "generic", "".join(f" --from-literal={key}=..." for key in keys)
         if keys == (DOCKER_CONFIG_KEY,):
             kind = "docker-registry"
             values = " --docker-server=... --docker-username=... --docker-password=..."
-        create = f"kubectl -n {self.namespace} create secret {kind} {self.name}{values}"
-        return f"{create} --dry-run=client -o yaml | kubectl apply -f -, then {self.label_command}"
+        return f"kubectl -n {self.namespace} create secret {kind} {self.name}{values}"
 
     @property
     def label_command(self) -> str:
@@ -123,8 +134,9 @@ def resolve_credentials(
     if secret_type == SERVICE_ACCOUNT_TOKEN_TYPE:
         return CredentialsProblem(
             "SecretRefused",
-            f"{secret} is a service account's token, which is never sent to an origin; create one "
-            f"of its own: {_commands(secret, permitted)}",
+            f"{secret} is a service account's token, which is never sent to an origin; create "
+            f"another and name it in `spec.backend.credentialsSecretRef`: "
+            f"{_other_command(namespace, permitted)}",
         )
     chosen = _choose_set(data, permitted, backend.type, secret)
     if isinstance(chosen, CredentialsProblem):
@@ -193,6 +205,12 @@ def _commands(secret: _SecretName, permitted: tuple[_KeySet, ...]) -> str:
     if not permitted:
         return "remove `spec.backend.credentialsSecretRef`"
     return secret.replace_command(permitted[0].required)
+
+
+def _other_command(namespace: str, permitted: tuple[_KeySet, ...]) -> str:
+    """Return the command that creates a Secret beside the one that cannot be used."""
+    other = _SecretName(namespace, "origin-credentials")
+    return other.create_command(permitted[0].required) if permitted else _commands(other, ())
 
 
 def _read_text(raw: bytes) -> str | None:

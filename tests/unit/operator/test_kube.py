@@ -118,7 +118,7 @@ async def test_throttling_is_waited_out(server: Server, client: Kube) -> None:
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
-        (401, errors.Forbidden),
+        (401, errors.KubeUnavailable),
         (403, errors.Forbidden),
         (404, errors.NotFound),
         (409, errors.Conflict),
