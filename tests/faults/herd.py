@@ -1,8 +1,7 @@
 """1,000 readers of one cold blob of 1 GiB, in a process of its own whose memory is measured.
 
-Every reader is handed the whole blob. The bytes of each piece from memory are checked at both its
-ends, a span of a file in one random place; what reads of other sizes are served is checked wholly
-in the other suites.
+Some read all of it, the others a random window each, all at once. The bytes of each piece from
+memory are checked at both its ends, a span of a file in one random place; other suites check all.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ from tests.faults.world import configuration
 MIB = 1024 * 1024
 PIECE_BYTES = 256 * 1024
 SAMPLE_BYTES = 32
+WINDOW_BYTES = 8 * MIB
 BLOB_ID = "huge"
 
 
@@ -105,11 +105,18 @@ class Herd:
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
 
-    async def read(self, manager: FileCacheMgr) -> None:
+    def window(self) -> RangeRequest:
+        """Return a random range."""
+        first = self._rng.randrange(self._size_bytes - WINDOW_BYTES)
+        return RangeRequest(first=first, last=first + WINDOW_BYTES - 1)
+
+    async def read(self, manager: FileCacheMgr, request: RangeRequest) -> None:
         """Be one reader."""
-        position = 0
+        position = request.first or 0
+        end = self._size_bytes if request.last is None else request.last + 1
+        self.counts["bytes asked for"] += end - position
         with manager.get_blob_cache(BlobInfo(BLOB_ID)) as cache:
-            async with await cache.read(RangeRequest()) as read:
+            async with await cache.read(request) as read:
                 async for piece in read.pieces():
                     if isinstance(piece, FileSpan):
                         self._check_file(piece, position)
@@ -121,7 +128,7 @@ class Herd:
                         )
                         self.counts["bytes from memory"] += len(piece)
                         position += len(piece)
-        assert position == self._size_bytes, f"a reader got {position} bytes"
+        assert position == end, f"a reader ended at {position} of {end}"
         self.counts["readers done"] += 1
 
     def _check_file(self, span: FileSpan, position: int) -> None:
@@ -142,7 +149,7 @@ def peak_bytes() -> int:
 
 
 async def run(
-    seed: int, readers: int, size_bytes: int, chunk_bytes: int, path: str
+    seed: int, readers: int, whole: int, size_bytes: int, chunk_bytes: int, path: str
 ) -> dict[str, object]:
     """Let the herd loose."""
     oracle = ByteOracle(seed)
@@ -153,7 +160,8 @@ async def run(
     manager = FileCacheMgr(config, backend, runtime, root)
     manager.init()
     before, begun = peak_bytes(), time.monotonic()
-    await asyncio.gather(*(herd.read(manager) for _ in range(readers)))
+    requests = [RangeRequest() if n < whole else herd.window() for n in range(readers)]
+    await asyncio.gather(*(herd.read(manager, request) for request in requests))
     seconds = time.monotonic() - begun
     grown = peak_bytes() - before
     await manager.destroy()
@@ -175,21 +183,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Reads one cold blob, a thousand times at once.")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--readers", type=int, default=1000)
+    parser.add_argument("--whole", type=int, default=30, help="so many of them read all of it")
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--chunk-kib", type=int, default=1024)
     arguments = parser.parse_args()
     die_with_parent()
     folder = Path(tempfile.mkdtemp(prefix="blobcache-herd-"))
     try:
-        found = asyncio.run(
-            run(
-                arguments.seed,
-                arguments.readers,
-                arguments.mib * MIB,
-                arguments.chunk_kib * 1024,
-                str(folder),
-            )
-        )
+        size, chunk = arguments.mib * MIB, arguments.chunk_kib * 1024
+        herd = run(arguments.seed, arguments.readers, arguments.whole, size, chunk, str(folder))
+        found = asyncio.run(herd)
     finally:
         shutil.rmtree(folder)
     sys.stdout.write(json.dumps(found) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.faults import scale
@@ -11,21 +13,36 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 READERS = 1000
 MIB = 1024 * 1024
-SIZE_MIB = 1024
 ORIGIN_RATIO_MAX = 1.02
 MARGIN_BYTES = 64 * MIB
 """Tasks of a thousand readers, threads' stacks, and what the allocator keeps."""
 
 
-def test_the_origin_sends_a_cold_blob_once() -> None:
-    """However many read it; and what is on its way stays within the buffer pool."""
-    arguments = ["--seed", scale.seed(), "--readers", READERS, "--mib", SIZE_MIB]
+def loose(whole: int, size_mib: int, chunk_kib: int) -> dict[str, Any]:
+    """Let the herd loose and check what must hold for any."""
+    arguments = ["--seed", scale.seed(), "--readers", READERS, "--whole", whole]
+    arguments += ["--mib", size_mib, "--chunk-kib", chunk_kib]
     found = run_module("tests.faults.herd", *arguments, timeout=500)
     print(found)  # noqa: T201
     assert not found["wrong"]
     assert found["readers done"] == READERS
-    assert found["origin_bytes"] <= SIZE_MIB * MIB * ORIGIN_RATIO_MAX
+    assert found["origin_bytes"] <= size_mib * MIB * ORIGIN_RATIO_MAX
+    assert found["samples"] >= READERS * 8, "void: too little was checked"
+    served = found.get("bytes from files", 0) + found.get("bytes from memory", 0)
+    assert served == found["bytes asked for"]
+    return found
+
+
+def test_the_origin_sends_a_cold_blob_once() -> None:
+    """However many read it; and what is on its way stays within the buffer pool."""
+    found = loose(whole=30, size_mib=1024, chunk_kib=64)
     assert found["grown_bytes"] <= found["pool_bytes"] + MARGIN_BYTES
-    assert found["samples"] >= READERS * 64, "void: too little was checked"
-    served = found["bytes from files"] + found["bytes from memory"]
-    assert served == READERS * SIZE_MIB * MIB
+
+
+@pytest.mark.xfail(
+    strict=True, reason="chunks that are not synced yet are read anew for each reader, unbounded"
+)
+def test_large_chunks_stay_within_the_pool() -> None:
+    """However many readers are handed a chunk, it is in memory once."""
+    found = loose(whole=READERS, size_mib=32, chunk_kib=1024)
+    assert found["grown_bytes"] <= found["pool_bytes"] + MARGIN_BYTES
