@@ -122,10 +122,9 @@ class Herd:
                         self._check_file(piece, position)
                         position += piece.length
                     else:
+                        last = max(0, len(piece) - SAMPLE_BYTES)
                         self._check(position, bytes(piece[:SAMPLE_BYTES]))
-                        self._check(
-                            position + len(piece) - SAMPLE_BYTES, bytes(piece[-SAMPLE_BYTES:])
-                        )
+                        self._check(position + last, bytes(piece[last:]))
                         self.counts["bytes from memory"] += len(piece)
                         position += len(piece)
         assert position == end, f"a reader ended at {position} of {end}"
