@@ -12,10 +12,10 @@ between them is kept in the authority's own Secret:
 
 import datetime
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -73,21 +73,42 @@ class Authority:
 
 
 def read_authority(data: Mapping[str, bytes]) -> Authority | None:
-    """Return what a Secret keeps, or None when it keeps no usable authority."""
-    try:
-        authority = Authority(
-            certificate=data["tls.crt"],
-            key=data["tls.key"],
-            next_certificate=data.get("next.crt"),
-            next_key=data.get("next.key"),
-            next_since=int(data["next-since"]) if "next-since" in data else None,
-            previous=data.get("previous.crt", b""),
-        )
-        certificate = x509.load_pem_x509_certificate(authority.certificate)
-        key = serialization.load_pem_private_key(authority.key, None)
-    except (KeyError, ValueError, TypeError):
+    """
+    Return what a Secret keeps, or None when it keeps no usable authority.
+
+    What is damaged beside a usable one is left out: people edit Secrets.
+    """
+    if not _is_authority(data.get("tls.crt", b""), data.get("tls.key", b"")):
         return None
-    return authority if certificate.public_key() == key.public_key() else None
+    authority = Authority(
+        certificate=data["tls.crt"],
+        key=data["tls.key"],
+        previous=_readable(data.get("previous.crt", b"")),
+    )
+    if not _is_authority(data.get("next.crt", b""), data.get("next.key", b"")):
+        return authority
+    since = data.get("next-since", b"")
+    return replace(
+        authority,
+        next_certificate=data["next.crt"],
+        next_key=data["next.key"],
+        next_since=int(since) if since.isdigit() and len(since) <= 12 else 0,
+    )
+
+
+def _is_authority(certificate: bytes, key: bytes) -> bool:
+    """Say whether these are an authority's certificate and its key, of a kind we sign with."""
+    try:
+        found = x509.load_pem_x509_certificate(certificate)
+        constraints = found.extensions.get_extension_for_class(x509.BasicConstraints).value
+        private = serialization.load_pem_private_key(key, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound):
+        return False
+    return (
+        constraints.ca
+        and isinstance(private, ec.EllipticCurvePrivateKey)
+        and found.public_key() == private.public_key()
+    )
 
 
 def create_authority(now: datetime.datetime, *, previous: bytes = b"") -> Authority:
@@ -140,7 +161,7 @@ def is_leaf_current(
         leaf = x509.load_pem_x509_certificate(data["tls.crt"])
         key = serialization.load_pem_private_key(data["tls.key"], None)
         leaf.verify_directly_issued_by(x509.load_pem_x509_certificate(authority.certificate))
-    except (KeyError, ValueError, TypeError, InvalidSignature):
+    except (KeyError, ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         return False
     fresh = leaf.not_valid_after_utc - now > LEAF_RENEW_BEFORE
     return (
@@ -155,16 +176,22 @@ def expiry(certificate: bytes) -> datetime.datetime:
 
 def _unexpired(bundle: bytes, now: datetime.datetime) -> bytes:
     """Return the certificates of a bundle that are still of use, each once."""
-    try:
-        certificates = x509.load_pem_x509_certificates(bundle) if bundle.strip() else []
-    except ValueError:
-        certificates = []
+    certificates = x509.load_pem_x509_certificates(found) if (found := _readable(bundle)) else []
     kept = dict.fromkeys(
         certificate.public_bytes(serialization.Encoding.PEM)
         for certificate in certificates
         if certificate.not_valid_after_utc > now
     )
     return b"".join(kept)
+
+
+def _readable(bundle: bytes) -> bytes:
+    """Return a bundle if all of it can be read, else nothing."""
+    try:
+        x509.load_pem_x509_certificates(bundle)
+    except ValueError:
+        return b""
+    return bundle
 
 
 def _self_signed(now: datetime.datetime) -> tuple[bytes, bytes]:

@@ -22,6 +22,7 @@ from blobcache_operator import errors, metrics
 from blobcache_operator.kube import JSONObject, Kube
 
 EPOCH_ANNOTATION = "blobcache.dev/epoch"
+TRANSITIONS_MAX = 2**31 - 1  # the API server takes no more, and the Lease must remain takeable
 # An agent's epoch further ahead than this is nonsense, not a leader we missed: following it would
 # let one broken agent lock every later leader out.
 EPOCH_AHEAD_MICROSECONDS_MAX = 24 * 3600 * 1_000_000
@@ -161,6 +162,7 @@ class Leadership:
                 written = await self._kube.create(self._collection, self._record({}, epoch, 0))
             else:
                 transitions = int((lease.get("spec") or {}).get("leaseTransitions") or 0) + 1
+                transitions = min(transitions, TRANSITIONS_MAX)
                 record = self._record(lease["metadata"], epoch, transitions)
                 written = await self._kube.replace(self._path, record)
         except errors.Conflict:

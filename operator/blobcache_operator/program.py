@@ -28,9 +28,8 @@ from blobcache_operator.leadership import Leadership, LeaseTimes, Term
 from blobcache_operator.loop import Leader
 from blobcache_operator.settings import OperatorSettings
 
-CERTIFICATE_SECONDS = 3600.0
-# A rotation's second step waits for this; see `certificates.PUBLISH_SECONDS`.
-CERTIFICATE_ROTATION_SECONDS = 60.0
+# A pod cannot start without its Secret: one that somebody deleted must soon be there again.
+CERTIFICATE_SECONDS = 60.0
 CERTIFICATE_RETRY_SECONDS = 5.0
 TURN_SECONDS_MAX = 180.0
 # Two operators that share agents but no Lease would overbid each other; this bounds how fast.
@@ -73,6 +72,9 @@ class Keeper:
                     "and its Secrets be writable",
                     error=str(error),
                 )
+            except Exception:  # whatever somebody put into a Secret, the agents are served on
+                pause = CERTIFICATE_RETRY_SECONDS
+                log.exception("Certificates were not brought up to date")
             await asyncio.sleep(pause)
 
     async def _turn(self) -> float:
@@ -91,8 +93,7 @@ class Keeper:
             )
         self._known = (operator, agent)
         self._is_there.set()
-        is_rotating = operator.bundle.count(b"BEGIN CERTIFICATE") > 1
-        return CERTIFICATE_ROTATION_SECONDS if is_rotating else CERTIFICATE_SECONDS
+        return CERTIFICATE_SECONDS
 
 
 class Program:

@@ -7,7 +7,9 @@ import ssl
 
 import pytest
 from cryptography import x509
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from blobcache_operator import certificates
 from blobcache_operator.certificate_store import client_context
@@ -74,6 +76,53 @@ def test_an_authority_survives_its_secret() -> None:
     foreign = certificates.create_authority(NOW)
     mixed = {**authority.to_secret(), "tls.key": foreign.key}
     assert certificates.read_authority(mixed) is None
+
+
+def _rsa_authority() -> dict[str, bytes]:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "of somebody else")])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(NOW)
+        .not_valid_after(NOW + 3650 * DAY)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    return {
+        "tls.crt": certificate.public_bytes(pem),
+        "tls.key": key.private_bytes(
+            pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", ["leaf", "rsa"])
+def test_what_cannot_sign_for_us_is_no_authority(kind: str) -> None:
+    """It would break every signature, and the operator with it; a new one is made."""
+    leaf = certificates.agent_leaf(certificates.create_authority(NOW), NOW).to_secret()
+    assert certificates.read_authority(leaf if kind == "leaf" else _rsa_authority()) is None
+
+
+@pytest.mark.parametrize("damaged", ["next.crt", "next.key", "next-since", "previous.crt"])
+def test_damage_beside_an_authority_costs_only_what_is_damaged(damaged: str) -> None:
+    """The authority goes on signing, its bundle can be read, a rotation begins anew."""
+    first = certificates.create_authority(NOW)
+    rotating = certificates.advance_authority(
+        certificates.create_authority(NOW, previous=first.certificate), NOW + 3300 * DAY
+    )
+    data = {**rotating.to_secret(), damaged: b"-----BEGIN nonsense"}
+    found = certificates.read_authority(data)
+    assert found is not None
+    assert found.certificate == rotating.certificate
+    later = certificates.advance_authority(found, NOW + 3301 * DAY)
+    assert later.bundle
+    context = client_context(certificates.operator_leaf(later, NOW + 3301 * DAY))
+    assert context.get_ca_certs()
 
 
 def test_a_rotation_publishes_before_it_signs() -> None:

@@ -24,7 +24,7 @@ from blobcache_api.v1alpha1.config import BlobCacheConfigStatus
 from blobcache_operator import errors, secrets
 from blobcache_operator.budget import Urgency, WriteBucket
 from blobcache_operator.discovery import AgentAddress
-from blobcache_operator.leadership import Term
+from blobcache_operator.leadership import Leadership, Term
 from blobcache_operator.pushes import AgentTask, Commons, FleetContext
 from blobcache_operator.reconcile import NodePlan
 from blobcache_operator.rollup import EvictionNews, roll_up
@@ -235,3 +235,34 @@ async def test_the_writer_remembers_objects_that_exist_only() -> None:
     assert writer.written("b", "first") is not None
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+class Leases:
+    """Stands for an API server with a Lease that somebody edited."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, Any] = {}
+
+    async def get(self, path: str) -> dict[str, Any]:
+        """Return a Lease nobody holds."""
+        annotations = {"blobcache.dev/epoch": 'not;a"number'}
+        return {
+            "metadata": {"resourceVersion": "1", "annotations": annotations},
+            "spec": {"leaseTransitions": 2**31 - 1},
+        }
+
+    async def replace(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Take what the API server would."""
+        assert body["spec"]["leaseTransitions"] < 2**31
+        self.written = body
+        return body
+
+
+async def test_a_lease_that_somebody_edited_can_be_taken() -> None:
+    """Its counter is at its end and its epoch is no number; still somebody must lead."""
+    server = Leases()
+    leadership = Leadership(server, namespace="system", name="lease", identity="me")  # type: ignore[arg-type]
+    taken = await leadership._try_acquire()
+    assert taken is not None
+    assert server.written["spec"]["holderIdentity"] == "me"
+    assert server.written["metadata"]["annotations"]["blobcache.dev/epoch"] == str(taken[1].epoch)
