@@ -20,7 +20,7 @@ from tests.harness.installation import AUDIENCE, Installation, as_list
 from tests.harness.origins import WORTHLESS, RegistryServer, S3Credentials, S3Server
 from tests.harness.process import poll_until
 
-pytestmark = [pytest.mark.xdist_group("installation"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.xdist_group("installation"), pytest.mark.timeout(300 + int(IDLE_SECONDS))]
 
 MIB = 1024 * 1024
 NODES = ("node-1", "node-2", "node-3")
