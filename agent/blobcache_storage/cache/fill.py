@@ -33,6 +33,9 @@ STALL_SECONDS = 2.0
 RESUME_DELAY_SECONDS = 0.05
 RESUMES_MAX = 64
 """Resumes of one fetch in all, however much each brings."""
+FRUIT_BYTES = 64 * 1024
+"""A request that brought less, and no whole chunk, was fruitless: an origin that drips is one that
+fails, and its readers must be told in seconds."""
 
 
 NO_FAILURES = (BlobNotFound, BlobChanged, RangeNotSatisfiable, CacheBusy)
@@ -303,12 +306,13 @@ class Fetch:
         resumes = fruitless = 0
         try:
             while self._left:
-                before = at.position
+                before, left = at.position, len(self._left)
                 try:
                     await self._request(at, stream)
                 except BackendError as error:
                     self._origin.counters.origin_errors += 1
-                    fruitless = fruitless + 1 if at.position == before else 1
+                    is_fruitful = len(self._left) < left or at.position - before >= FRUIT_BYTES
+                    fruitless = 1 if is_fruitful else fruitless + 1
                     resumes += 1
                     if not error.retryable or fruitless > self._origin.retry_limit:
                         raise

@@ -18,7 +18,7 @@ from blobcache_storage.cache.base import CacheStatus, EvictionOutcome, Victim
 from blobcache_storage.cache.table import version_name
 from blobcache_storage.config import PrefetchConfig
 from blobcache_storage.device import BlobInfo, RangeRequest
-from blobcache_storage.errors import OriginUnreachable
+from blobcache_storage.errors import OriginTimeout, OriginUnreachable
 from blobcache_storage.testing.cache_suite import until
 from blobcache_storage.testing.faulty_disk import DiskCall, FaultyDisk, WatchedDisk
 from blobcache_storage.testing.memory_backend import Fault, MemoryBackend
@@ -178,3 +178,14 @@ async def test_warming_mends_a_chunk_that_rotted_on_the_disk(tmp_path: Path) -> 
     await until(lambda: rig.manager.stats().prefetch_blobs_ready == 1)
     assert await rig.read("a") == (data, CacheStatus.HIT)
     await rig.stop()
+
+
+async def test_an_origin_that_drips_fails_after_the_usual_retries(rig: Rig) -> None:
+    """A few bytes of a chunk before each time-out are no progress that a reader sees."""
+    rig.put("a", 3 * CHUNK)
+    late = OriginTimeout("the origin sent too little in its time")
+    rig.backend.fail_next(*[Fault(cut_after_bytes=10, cut_error=late)] * 60)
+    with rig.manager.get_blob_cache(BlobInfo("a")) as cache:
+        async with await cache.read(RangeRequest()) as read:
+            assert await take(read) == (b"", OriginTimeout)
+    assert rig.backend.requests == 3  # the first, and two retries
