@@ -6,7 +6,7 @@ Every method may raise any `KubeError`. Answers are JSON as the server sent it; 
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -115,7 +115,7 @@ class Kube:
                 rows.append(((row.get("object") or {}).get("metadata") or {}, cells))
         return rows
 
-    async def watch_metadata(self, path: str, *, timeout_seconds: int) -> AsyncIterator[str]:
+    async def watch_metadata(self, path: str, *, timeout_seconds: int) -> AsyncGenerator[str, None]:
         """
         Yield the type of each change from now on, until the server ends the watch.
 

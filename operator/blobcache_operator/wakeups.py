@@ -28,6 +28,7 @@ SERVER_TIMEOUT_SECONDS = 300
 CLIENT_TIMEOUT_SECONDS = 330
 WATCH_RETRY_SECONDS = 5.0
 STOP_SECONDS_MAX = 3.0
+GOODBYE_SECONDS = 0.25
 
 log = structlog.get_logger(__name__)
 
@@ -104,8 +105,8 @@ async def kopf_running(access: KubeAccess, notice: Notice) -> AsyncIterator[None
                 )
             except Exception as error:  # without kopf the regular looks still work
                 log.warning("kopf ended, starting it again", error=repr(error))
-            if not stopping.is_set():
-                await asyncio.sleep(WATCH_RETRY_SECONDS)
+            # While stopping, the cancelled watches' connections still say goodbye in this loop.
+            await asyncio.sleep(GOODBYE_SECONDS if stopping.is_set() else WATCH_RETRY_SECONDS)
 
     thread = threading.Thread(target=lambda: asyncio.run(operate()), name="kopf", daemon=True)
     thread.start()
@@ -124,9 +125,11 @@ async def watch_changes(kube: Kube, path: str, notice: Notice) -> None:
     """Call `notice` whenever something in a collection changes; runs until cancelled."""
     while True:
         try:
-            async for kind in kube.watch_metadata(path, timeout_seconds=SERVER_TIMEOUT_SECONDS):
-                if kind in ("ADDED", "MODIFIED", "DELETED"):
-                    notice(None)
+            watch = kube.watch_metadata(path, timeout_seconds=SERVER_TIMEOUT_SECONDS)
+            async with contextlib.aclosing(watch) as kinds:
+                async for kind in kinds:
+                    if kind in ("ADDED", "MODIFIED", "DELETED"):
+                        notice(None)
         except errors.KubeError as error:
             log.info("Watch ended, starting it again", path=path, error=str(error))
             await asyncio.sleep(WATCH_RETRY_SECONDS)
