@@ -41,7 +41,10 @@ BLOBS = 160
 BLOBS_KEPT = 20
 CHANGES_MAX = 60
 """Upper bound of the number of changes a session makes before it is cut."""
-AT_SYNC_ODDS = 0.3
+FORCED = [(0, 0), (1, 0), (0, 1), (0.5, 0.5), (1, 1), (1, 1)]
+"""Odds that pages of a data file, and of a map, are written out before a cut."""
+AT_SYNC_FORCED = [(0, 1), (0.5, 1), (0.8, 0.8), (1, 1)]
+AT_SYNC_ODDS = 0.4
 """How often the cut waits for a sync of data, for there the order of writing tells."""
 SYNC_AFTER_SECONDS = 0.004
 """In place of the engine's half second: a session lasts some 50 ms."""
@@ -133,6 +136,10 @@ class CutDisk(WatchedDisk):
         with self.guard:
             if call.operation == "unlink" and call.kind == "map":
                 self._ledger.forget(call.name.removesuffix(".map"))
+            if call.operation == "write" and call.kind == "map" and call.offset == 0:
+                header = decode_header(b"".join(buffers))
+                assert header is not None
+                self._ledger.blob_ids[call.name.removesuffix(".map")] = header.blob_id
             if self._changes_left == 0:
                 return -1
             self._changes_left = max(1, self._changes_left - 1)
@@ -169,10 +176,6 @@ class CutDisk(WatchedDisk):
             ledger = self._ledger
             if call.operation == "sync_data":
                 ledger.durable[stem] = set(ledger.recorded.get(stem, ()))
-            elif call.operation == "write" and call.offset == 0:
-                header = decode_header(b"".join(buffers))
-                assert header is not None
-                ledger.blob_ids[stem] = header.blob_id
             elif call.operation == "write" and call.offset >= HEADER_SIZE_BYTES:
                 self._note_slots(stem, call.offset, b"".join(buffers))
 
@@ -189,7 +192,7 @@ class CutDisk(WatchedDisk):
 
     def _force_out(self) -> None:
         """Write out dirty pages of open files, as the kernel's writeback might just have done."""
-        data_odds, map_odds = self._rng.choice([(0, 0), (1, 0), (0, 1), (0.5, 0.5), (1, 1), (1, 1)])
+        data_odds, map_odds = self._rng.choice(AT_SYNC_FORCED if self._at_sync else FORCED)
         for fd, name in list(self.open_files.items()):
             odds = data_odds if name.endswith(".data") else map_odds
             if not name.endswith((".data", ".map")) or self._rng.random() >= odds:

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(900 * max(1, scale.cuts() 
 KINDS = ["ext4", "xfs"]
 MUTANT_CUTS = 50
 HITS_PERCENT_MIN = 95
-MUTANT_TRIES = 3
+MUTANT_TRIES = 4
 SECONDS_PER_CUT_MAX = 0.5
 
 
