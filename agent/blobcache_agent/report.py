@@ -28,12 +28,16 @@ from blobcache_api.agent import (
 from blobcache_api.v1alpha1.node import ConfigState
 from blobcache_storage.cache.base import BlobUsage, ManagerStats
 from blobcache_storage.cache.orphans import OrphanBlob
+from blobcache_storage.cache.prefetch import EXCEEDS_CAPACITY
 from blobcache_storage.cache.root import CacheRoot
 from blobcache_storage.credentials import Pending
+from blobcache_storage.errors import CacheBusy
 
 MESSAGE_CHARS_MAX = 1024
 BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 PROBLEM_OTHER = "PrefetchFailed"
+PREFETCH_LIMITS = frozenset({EXCEEDS_CAPACITY, CacheBusy.reason})
+"""Why a list is not warm though nothing fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +222,7 @@ def build_report(
 def _config_reports(figures: Figures, *, restored: bool) -> Iterable[ConfigReport]:
     for running, stats in figures.running():
         verdict = verdict_of(running, restored=restored)
+        degraded_reason, degraded_message = degradation_of(stats)
         yield ConfigReport(
             namespace=running.namespace,
             name=running.name,
@@ -236,9 +241,22 @@ def _config_reports(figures: Figures, *, restored: bool) -> Iterable[ConfigRepor
             evicted_blobs=stats.evicted_blobs,
             evicted_bytes=stats.evicted_bytes,
             prefetch=_prefetch_report(stats),
-            degraded_reason=stats.degraded_reason or None,
-            degraded_message=stats.degraded_message[:MESSAGE_CHARS_MAX],
+            degraded_reason=degraded_reason or None,
+            degraded_message=degraded_message[:MESSAGE_CHARS_MAX],
         )
+
+
+def degradation_of(stats: ManagerStats) -> tuple[str, str]:
+    """
+    Return reason and message of what fails: for readers, else for the prefetch list.
+
+    A reader may ask for what there is not; a list that names it is wrong, and its user must learn
+    which blob that is.
+    """
+    if stats.degraded_reason:
+        return stats.degraded_reason, stats.degraded_message
+    reason, _, message = stats.prefetch_problem.partition(": ")
+    return ("", "") if reason in PREFETCH_LIMITS else (reason, message)
 
 
 def _prefetch_report(stats: ManagerStats) -> PrefetchReport | None:

@@ -235,8 +235,8 @@ def _warm(config: ConfigFacts, verdict: Verdict, survey: _Survey) -> Finding:
 _PREFETCH_REMEDIES = {
     "PrefetchExceedsCapacity": "The list does not fit below the high watermark. Raise "
     "`spec.cache.capacity` or the agent's --capacity, or shorten the list.",
-    "BlobNotFound": "The origin does not have a blob that the list names. Correct its `id` in "
-    "`spec.prefetch.blobs`, or upload it.",
+    "BlobNotFound": "The origin does not have a blob that the list names; Degraded says which. "
+    "Correct its `id` in `spec.prefetch.blobs`, or upload it.",
     "DigestMismatch": "A blob's bytes do not have the `digest` that the list gives. Correct it in "
     "`spec.prefetch.blobs`, or the blob at the origin.",
 }

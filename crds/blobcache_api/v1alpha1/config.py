@@ -241,7 +241,7 @@ class NodesStatus(Model):
     ready: Count
     """Available nodes that applied this very configuration."""
     failed: Count
-    """Available nodes that refused it."""
+    """Selected nodes whose agent does not answer, or could not apply it."""
     summary: Annotated[str, Field(max_length=32)]
     """Ready and selected nodes, such as '3/5'."""
     failures: Annotated[
