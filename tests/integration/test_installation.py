@@ -20,11 +20,13 @@ from tests.harness.installation import AUDIENCE, Installation, as_list
 from tests.harness.origins import WORTHLESS, RegistryServer, S3Credentials, S3Server
 from tests.harness.process import poll_until
 
-pytestmark = [pytest.mark.xdist_group("installation"), pytest.mark.timeout(300 + int(IDLE_SECONDS))]
-
 MIB = 1024 * 1024
 NODES = ("node-1", "node-2", "node-3")
 IDLE_SECONDS = float(os.environ.get("BLOBCACHE_TEST_IDLE_SECONDS", "20"))
+pytestmark = [
+    pytest.mark.xdist_group("installation"),
+    pytest.mark.timeout(300 + int(IDLE_SECONDS)),
+]
 REST_SECONDS = 5.0
 REST_SECONDS_MAX = 60.0
 WRITES_PER_SECOND_MAX = 5.0
