@@ -151,7 +151,8 @@ def _read_owner(disk: Disk, fd: int) -> str:
 def _read_file(disk: Disk, dir_fd: int, name: str, bytes_max: int) -> bytes | None:
     """Return a small file's bytes; None where there is none or it cannot be read."""
     try:
-        fd = disk.open(name, os.O_RDONLY, dir_fd=dir_fd)
+        # Not waiting for a writer, should it be a pipe.
+        fd = disk.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=dir_fd)
     except OSError:
         return None
     try:
