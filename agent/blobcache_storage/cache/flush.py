@@ -3,7 +3,8 @@
 Per open blob version one `Writer`. Chunks are written as they come, many with one call; one sync
 then serves all that were written before it began, and only after it succeeded are their slots
 written to the map. A slot that a power cut loses costs a fetch; a slot without its data would cost
-a wrong byte. The map itself is synced when it is closed.
+a wrong byte. The map itself is synced once nothing else is to do, at the latest with the next sync
+of data.
 
 A failed write or sync drops every chunk that is not recorded yet: after an error the kernel may
 have thrown dirty pages away, whichever, and reads them as zeros from then on.
@@ -100,12 +101,9 @@ class Writer:
     async def finish(self) -> None:
         """Drain, and make the map durable too."""
         await self.drain()
-        map_fd = self._generation.files.map_fd
-        if self._map_dirty and map_fd >= 0:
-            self._map_dirty = False
-            disk = self._runtime.disk
+        if self._map_dirty:  # a failure came between
             try:
-                await self._runtime.flusher.run(lambda: disk.sync_data(map_fd))
+                await self._sync_map()
             except OSError as error:
                 self._on_error(error)
 
@@ -141,6 +139,7 @@ class Writer:
             or self._unsynced
             or self._sync_task is not None
             or self._whole is not None
+            or self._map_dirty
         )
 
     async def _wait(self) -> None:
@@ -198,6 +197,9 @@ class Writer:
         if self._whole is not None and all_written:
             self._begin(self._record_whole())
             return
+        if self._map_dirty and all_written:
+            self._begin(self._sync_map())
+            return
         if not self._unsynced:
             return
         size = len(self._unsynced) * self._generation.chunk_size_bytes
@@ -220,7 +222,7 @@ class Writer:
 
     async def _sync(self) -> None:
         """Sync what is written now, then write its slots."""
-        generation = self._generation
+        generation, is_map_due = self._generation, self._map_dirty
         self._syncing, self._unsynced = self._unsynced, {}
         # The slots as of now: what is discarded while the sync runs is erased after it.
         records = [(first, generation.slots[first:end]) for first, end in runs(self._syncing)]
@@ -229,12 +231,21 @@ class Writer:
         self._map_dirty = True
         recorded, self._syncing = self._syncing, {}
         generation.mark_recorded(recorded)
+        if is_map_due:
+            await self._sync_map()
 
     def _sync_blocking(self, records: list[tuple[int, array[int]]]) -> None:
         generation, disk = self._generation, self._runtime.disk
         disk.sync_data(generation.files.data_fd)
         for first, slots in records:
             disk.write_all(generation.files.map_fd, [encode_slots(slots)], slot_offset(first))
+
+    async def _sync_map(self) -> None:
+        """Have what was written to the map survive a power cut."""
+        self._map_dirty = False
+        disk, map_fd = self._runtime.disk, self._generation.files.map_fd
+        async with self._runtime.sync_slots:
+            await self._runtime.flusher.run(lambda: disk.sync_data(map_fd))
 
     async def _record_whole(self) -> None:
         """Write the whole-blob record, after the slots it is about are durable."""

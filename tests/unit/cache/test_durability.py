@@ -71,6 +71,16 @@ async def test_one_sync_serves_many_chunks(rig: Rig, disk: RecordingDisk) -> Non
     assert len(syncs) <= 3
 
 
+async def test_a_map_is_synced_once_nothing_else_is_to_do(rig: Rig, disk: RecordingDisk) -> None:
+    """What is recorded survives a power cut while the blob is still open."""
+    rig.put("a", 10 * CHUNK)
+    await rig.read("a")
+    await rig.durable()
+    of_map = [op for op in disk.operations if op.suffix == "map"]
+    assert of_map[-1].kind == "sync_data"
+    assert [op.kind for op in of_map].count("sync_data") <= 2
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 @pytest.mark.parametrize("lasting", [False, True])
 async def test_any_failing_call_costs_no_byte(
