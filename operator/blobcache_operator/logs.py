@@ -1,7 +1,9 @@
 """Structured logs on stderr: JSON in a cluster, readable on a terminal."""
 
+import asyncio
 import logging
 import sys
+from typing import Any
 
 import structlog
 
@@ -47,3 +49,10 @@ def configure_logging(level: str, *, as_json: bool | None = None) -> None:
     # It warns of running outside the main thread, which is on purpose; see `wakeups`.
     logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+
+
+async def tell_exception(
+    log: structlog.typing.FilteringBoundLogger, event: str, error: BaseException, **values: Any
+) -> None:
+    """Log an exception nobody foresaw, with its trace: that reads source files, so in a thread."""
+    await asyncio.to_thread(log.error, event, exc_info=error, **values)

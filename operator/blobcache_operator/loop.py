@@ -27,6 +27,7 @@ from blobcache_operator.guard import DropGuard, Loss
 from blobcache_operator.jwks import TokenIssuer, read_token_issuer
 from blobcache_operator.kube import Kube
 from blobcache_operator.leadership import Term
+from blobcache_operator.logs import tell_exception
 from blobcache_operator.node_objects import COLLECTION, NodeObjects
 from blobcache_operator.node_rollup import roll_up_node
 from blobcache_operator.pushes import Commons, Fleet, FleetContext
@@ -160,10 +161,10 @@ class Leader:
                 log.warning("Cluster could not be listed", error=str(error), retry_seconds=pause)
             except errors.LeadershipLost:
                 raise
-            except Exception:  # whatever one object has in it, the others' news must come through
+            except Exception as error:  # whatever one object has in it, the others' news must come
                 failures += 1
                 pause = LIST_RETRY_SECONDS_MAX
-                log.exception("Look at the cluster broke, trying again", retry_seconds=pause)
+                await tell_exception(log, "Look at the cluster broke, trying again", error)
             self._think.set()
             await asyncio.sleep(PASS_INTERVAL_SECONDS_MIN if not failures else pause)
             await _wait(self._look_bell, pause)
@@ -218,8 +219,8 @@ class Leader:
             await self._pass(listing)
         except errors.LeadershipLost:
             raise
-        except Exception:
-            log.exception("Pass broke, trying again at the next bell")
+        except Exception as error:
+            await tell_exception(log, "Pass broke, trying again at the next bell", error)
             return False
         return True
 

@@ -25,6 +25,7 @@ from blobcache_operator.health import Health, health_served
 from blobcache_operator.kube import Kube
 from blobcache_operator.kubeauth import NAMESPACE_DEFAULT, KubeAccess
 from blobcache_operator.leadership import Leadership, LeaseTimes, Term
+from blobcache_operator.logs import tell_exception
 from blobcache_operator.loop import Leader
 from blobcache_operator.settings import OperatorSettings
 
@@ -72,9 +73,9 @@ class Keeper:
                     "and its Secrets be writable",
                     error=str(error),
                 )
-            except Exception:  # whatever somebody put into a Secret, the agents are served on
+            except Exception as error:  # whatever somebody put into a Secret, agents are served on
                 pause = CERTIFICATE_RETRY_SECONDS
-                log.exception("Certificates were not brought up to date")
+                await tell_exception(log, "Certificates were not brought up to date", error)
             await asyncio.sleep(pause)
 
     async def _turn(self) -> float:

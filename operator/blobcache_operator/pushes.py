@@ -30,6 +30,7 @@ from blobcache_operator.agent_client import (
 from blobcache_operator.discovery import AgentAddress
 from blobcache_operator.errors import AgentError, LeadershipLost, NewerLeader, StateOutdated
 from blobcache_operator.leadership import Term
+from blobcache_operator.logs import tell_exception
 from blobcache_operator.reconcile import NodePlan
 from blobcache_operator.reports import condense
 from blobcache_operator.snapshot import AgentFacts, Failure
@@ -396,8 +397,9 @@ async def _supervise(
             is_superseded = True
         except* LeadershipLost:
             is_superseded = True
-        except* Exception:
-            log.exception("Conversation with an agent broke, starting it again", node=node)
+        except* Exception as group:
+            event = "Conversation with an agent broke, starting it again"
+            await tell_exception(log, event, group, node=node)
         await asyncio.sleep(BACKOFF_SECONDS_MIN)
 
 

@@ -21,8 +21,11 @@ from tests.integration.operator_stage import (  # noqa: F401 - fixtures
 )
 from tests.integration.operator_twin import GIB
 
-from blobcache_operator import errors, facts
+from blobcache_api.v1alpha1.config import BlobCacheConfigStatus
+from blobcache_operator import errors, facts, loop
 from blobcache_operator.kube import Kube
+from blobcache_operator.reconcile import Plan, reconcile
+from blobcache_operator.snapshot import ConfigFacts
 
 pytestmark = [pytest.mark.control_plane, pytest.mark.timeout(180)]
 
@@ -70,6 +73,34 @@ async def test_a_broken_agent_is_named_and_delays_nobody(
 
 async def _summary_is(stage: Stage, summary: str) -> bool:
     return bool((await stage.status("models"))["nodes"]["summary"] == summary)
+
+
+async def test_one_configs_poison_costs_the_others_nothing(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not its status, nor a whole pass that breaks, ends the operator."""
+    real, broken_passes = loop.roll_up, [2]
+
+    def roll_up(config: ConfigFacts, *arguments: Any, **named: Any) -> BlobCacheConfigStatus:
+        if config.name == "poison":
+            raise ValueError("nobody foresaw this")
+        return real(config, *arguments, **named)
+
+    def reconcile_or_break(*arguments: Any, **named: Any) -> Plan:
+        if broken_passes[0] > 0:
+            broken_passes[0] -= 1
+            raise KeyError("nor this")
+        return reconcile(*arguments, **named)
+
+    monkeypatch.setattr(loop, "roll_up", roll_up)
+    monkeypatch.setattr(loop, "reconcile", reconcile_or_break)
+    await stage.add_node("one")
+    async with stage.running():
+        await stage.apply("poison")
+        await stage.apply("fine")
+        await stage.condition("fine", "Ready", "True")
+        assert broken_passes == [0]
+        assert await stage.status("poison") == {}
 
 
 async def test_a_hanging_agent_delays_nobody(stage: Stage) -> None:
