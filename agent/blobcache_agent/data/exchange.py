@@ -17,9 +17,9 @@ from blobcache_agent.data.ranges import parse_range
 from blobcache_agent.data.rejection import Rejection
 from blobcache_agent.data.request import Request, parse_head
 from blobcache_agent.data.responses import INTERNAL_ERROR, blob_head, error_response, failure_of
-from blobcache_storage.cache.base import BlobCache, BlobRead, CacheStatus
+from blobcache_storage.cache.base import BlobCache, BlobRead, CacheStatus, FileSpan
 from blobcache_storage.device import BlobVersion, ByteRange, RangeRequest
-from blobcache_storage.errors import RangeNotSatisfiable
+from blobcache_storage.errors import DiskError, RangeNotSatisfiable
 
 READER_GONE_STATUS = 499
 """In records only: the reader left before a head could be sent."""
@@ -193,17 +193,23 @@ class Exchange:
         status, head_bytes = head
         left = read.span.length
         async for piece in read.pieces():
-            length = piece_bytes(piece)
-            if length > left:
+            if piece_bytes(piece) > left:
                 raise ShortRead("a read yielded more bytes than its span has")
-            left -= length
             self._status = status
-            before = self._outlet.sent_bytes + len(head_bytes)
+            before, sent = self._outlet.sent_bytes, 0
             try:
                 await self._outlet.send(piece, head_bytes)
+            except DiskError:
+                sent = max(0, self._outlet.sent_bytes - before - len(head_bytes))
+                if not isinstance(piece, FileSpan) or not read.span_failed(piece, sent):
+                    raise
+            else:
+                sent = piece_bytes(piece)
             finally:
-                self._body_bytes += max(0, self._outlet.sent_bytes - before)
-            head_bytes = b""
+                taken = self._outlet.sent_bytes - before
+                self._body_bytes += max(0, taken - len(head_bytes))
+            left -= sent
+            head_bytes = head_bytes[taken:]
         if left:
             raise ShortRead("a read ended before its span did")
 

@@ -69,6 +69,19 @@ class BlobRead(abc.ABC):
         """
         return None
 
+    def span_failed(self, span: FileSpan, sent_bytes: int) -> bool:
+        """Tell that the last span yielded could not be read from its file to the end.
+
+        Args:
+            sent_bytes: How many of its bytes were sent all the same.
+
+        Returns:
+            Whether `pieces` goes on with the first byte that was not; else the answer must be
+            closed short.
+        """
+        del span, sent_bytes
+        return False
+
     @abc.abstractmethod
     async def aclose(self) -> None:
         """Release the blob; fetches nobody else waits for end. Safe to call twice."""

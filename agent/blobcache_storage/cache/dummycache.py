@@ -25,8 +25,7 @@ from blobcache_storage.cache.base import (
 from blobcache_storage.cache.digest import sha256_of
 from blobcache_storage.cache.fill import Origin
 from blobcache_storage.cache.pools import BufferPool
-from blobcache_storage.cache.reading import RelayedRead
-from blobcache_storage.cache.relay import Relay
+from blobcache_storage.cache.relay import Relay, RelayedRead
 from blobcache_storage.config import CHUNK_SIZE_BYTES_DEFAULT, ConfigV2
 from blobcache_storage.device import BlobInfo, BlobVersion, RangeRequest, RequestSource
 from blobcache_storage.errors import StorageError

@@ -38,9 +38,9 @@ from blobcache_storage.cache.finding import Finder, Remembered
 from blobcache_storage.cache.generation import Generation
 from blobcache_storage.cache.pools import Throttle, WorkerPool
 from blobcache_storage.cache.prefetch import Prefetcher
-from blobcache_storage.cache.reading import CachedRead, RelayedRead
+from blobcache_storage.cache.reading import CachedRead
 from blobcache_storage.cache.reclaim import Reclaimer
-from blobcache_storage.cache.relay import Relay
+from blobcache_storage.cache.relay import Relay, RelayedRead
 from blobcache_storage.cache.root import CacheRoot
 from blobcache_storage.cache.runtime import StorageRuntime
 from blobcache_storage.cache.scrub import Scrubber

@@ -311,6 +311,12 @@ class Generation:
             return None
         return data
 
+    def distrust(self, first: int, end: int) -> None:
+        """Have chunks verified anew before they are served: their file is not what it was."""
+        for index in range(first, end):
+            if self.states[index] == _VERIFIED:
+                self.states[index] = _DURABLE
+
     async def check(self, first: int, end: int) -> int:
         """Verify recorded chunks `[first, end)` in a thread; bad ones are discarded.
 

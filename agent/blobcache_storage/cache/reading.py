@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from types import AsyncGeneratorType
 from typing import Protocol
 
@@ -96,6 +96,8 @@ class CachedRead(BlobRead):
         self._relay_from = 0
         """Where the relay takes over; what comes before is served from the cache."""
         self._position = span.start
+        self._failed_at = -1
+        """Where a span of the file failed last."""
         self._closed = False
         self._pieces_begun: AsyncGeneratorType[Piece, None] | None = None
         self._was_here = False if status is CacheStatus.MISS_STORED else self._remember()
@@ -231,6 +233,17 @@ class CachedRead(BlobRead):
         return FileSpan(generation.files.data_fd, span.start, span.length)
 
     @override
+    def span_failed(self, span: FileSpan, sent_bytes: int) -> bool:
+        position = span.offset + sent_bytes
+        if self._closed or position == self._failed_at:
+            return False  # what was found right cannot be read all the same
+        generation, end = self._generation, span.offset + span.length
+        generation.distrust(*generation.chunks_of(ByteRange(position, end)))
+        self._failed_at = self._position = position
+        self._count(position, end - position, -1)
+        return True
+
+    @override
     def pieces(self) -> AsyncIterator[Piece]:
         begun = self._pieces()
         assert isinstance(begun, AsyncGeneratorType)
@@ -251,6 +264,8 @@ class CachedRead(BlobRead):
                         yield piece
                 return
             assert end is not None
+            if self._relay is not None:
+                end = min(end, self._relay_from // size)  # else its bytes would come twice
             if state == ChunkState.VERIFIED:
                 yield self._span(index, end)
             elif state == ChunkState.DURABLE:
@@ -392,7 +407,7 @@ class CachedRead(BlobRead):
                 self._owner.retire(generation)
             raise fetch.error
 
-    def _count(self, start: int, length: int) -> None:
+    def _count(self, start: int, length: int, sign: int = 1) -> None:
         counters, here = self._owner.origin.counters, self._was_here
         if not isinstance(here, bytes):
             hit = length if here else 0
@@ -402,8 +417,8 @@ class CachedRead(BlobRead):
                 index, stop = at // size, min(end, (at // size + 1) * size)
                 hit += (stop - at) * (here[index - self._first] >= ChunkState.BUFFERED)
                 at = stop
-        counters.hit_bytes += hit
-        counters.miss_bytes += length - hit
+        counters.hit_bytes += sign * hit
+        counters.miss_bytes += sign * (length - hit)
 
     @override
     async def aclose(self) -> None:
@@ -422,60 +437,3 @@ class CachedRead(BlobRead):
         self._owner.release_read(self._generation)
         if self._relay is not None:
             await self._relay.aclose()
-
-
-class RelayedRead(BlobRead):
-    """A read that the cache has no part in.
-
-    Args:
-        sha256: What the whole blob must have, where the whole blob is read.
-    """
-
-    def __init__(
-        self,
-        relay: Relay,
-        status: CacheStatus,
-        *,
-        hashing: WorkerPool | None = None,
-        sha256: bytes | None = None,
-        hold_bytes: int = 0,
-    ) -> None:
-        self.version = relay.version
-        self.span = relay.span
-        self.status = status
-        self._relay = relay
-        self._hashing = hashing
-        self._sha256 = sha256
-        self._hold_bytes = hold_bytes
-        self.on_mismatch: Callable[[], None] = _ignore
-        self.on_bytes: Callable[[int], None] = _ignore_count
-
-    @override
-    def pieces(self) -> AsyncIterator[Piece]:
-        return self._pieces()
-
-    async def _pieces(self) -> AsyncGenerator[Piece, None]:
-        pieces = self._relay.pieces()
-        whole = self.span == ByteRange(0, self.version.size_bytes)
-        if self._sha256 is not None and whole:
-            hold = self._hold_bytes
-            pieces = verified(self._relay, self._hashing, self._sha256, start=0, hold_bytes=hold)
-        try:
-            async for piece in pieces:
-                self.on_bytes(len(piece))
-                yield piece
-        except DigestMismatch:
-            self.on_mismatch()
-            raise
-
-    @override
-    async def aclose(self) -> None:
-        await self._relay.aclose()
-
-
-def _ignore() -> None:
-    """Nobody minds."""
-
-
-def _ignore_count(_: int) -> None:
-    """Nobody counts."""

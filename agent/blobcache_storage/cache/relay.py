@@ -6,9 +6,12 @@ import asyncio
 import functools
 import hashlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+
+from typing_extensions import override
 
 from blobcache_storage.backend.base import FetchStream
+from blobcache_storage.cache.base import BlobRead, CacheStatus, Piece
 from blobcache_storage.cache.fill import RESUME_DELAY_SECONDS, RESUMES_MAX, Origin
 from blobcache_storage.cache.pools import WorkerPool
 from blobcache_storage.device import BlobVersion, ByteRange, RangeRequest, RequestSource
@@ -142,3 +145,60 @@ async def verified(
         raise DigestMismatch("the blob's bytes do not have the digest that names it")
     for piece in held:
         yield piece
+
+
+class RelayedRead(BlobRead):
+    """A read that the cache has no part in.
+
+    Args:
+        sha256: What the whole blob must have, where the whole blob is read.
+    """
+
+    def __init__(
+        self,
+        relay: Relay,
+        status: CacheStatus,
+        *,
+        hashing: WorkerPool | None = None,
+        sha256: bytes | None = None,
+        hold_bytes: int = 0,
+    ) -> None:
+        self.version = relay.version
+        self.span = relay.span
+        self.status = status
+        self._relay = relay
+        self._hashing = hashing
+        self._sha256 = sha256
+        self._hold_bytes = hold_bytes
+        self.on_mismatch: Callable[[], None] = _ignore
+        self.on_bytes: Callable[[int], None] = _ignore_count
+
+    @override
+    def pieces(self) -> AsyncIterator[Piece]:
+        return self._pieces()
+
+    async def _pieces(self) -> AsyncGenerator[Piece, None]:
+        pieces = self._relay.pieces()
+        whole = self.span == ByteRange(0, self.version.size_bytes)
+        if self._sha256 is not None and whole:
+            hold = self._hold_bytes
+            pieces = verified(self._relay, self._hashing, self._sha256, start=0, hold_bytes=hold)
+        try:
+            async for piece in pieces:
+                self.on_bytes(len(piece))
+                yield piece
+        except DigestMismatch:
+            self.on_mismatch()
+            raise
+
+    @override
+    async def aclose(self) -> None:
+        await self._relay.aclose()
+
+
+def _ignore() -> None:
+    """Nobody minds."""
+
+
+def _ignore_count(_: int) -> None:
+    """Nobody counts."""

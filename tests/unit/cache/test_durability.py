@@ -260,3 +260,39 @@ def _copy_tree(source: Path, target: Path) -> None:
 
     target.mkdir(mode=0o700)
     shutil.copytree(source, target, dirs_exist_ok=True, copy_function=copy)
+
+
+async def test_a_span_that_fails_goes_on_from_the_origin(rig: Rig) -> None:
+    """A verified chunk that cannot be read any more is fetched again, for this reader already."""
+    data = rig.put("a", 20 * CHUNK)
+    await rig.read("a")
+    await rig.durable()
+    (path,) = files(rig, "data")
+    os.truncate(path, 5 * CHUNK + 7)
+    with rig.manager.get_blob_cache(BlobInfo("a")) as cache:
+        async with await cache.read(RangeRequest()) as read:
+            span = read.file_span()
+            assert span is not None
+            sent = os.pread(span.fd, span.length, span.offset)
+            assert read.span_failed(span, len(sent))
+            assert sent + await collect(read) == data
+            assert not read.span_failed(span, len(sent)), "it would go on for ever"
+    stats = rig.manager.stats()
+    assert stats.hit_bytes + stats.miss_bytes == 2 * len(data)
+    await rig.durable()
+    assert (await rig.read("a")) == (data, CacheStatus.HIT)
+    assert path.read_bytes() == data
+
+
+async def test_a_relay_takes_over_where_the_cache_ends(rig: Rig, disk: RecordingDisk) -> None:
+    """Also where others have stored meanwhile what the relay was opened for."""
+    data = rig.put("a", 20 * CHUNK)
+    await rig.read("a", 0, 5 * CHUNK - 1)
+    await rig.durable()
+    rig.manager._cool_until = float("inf")
+    with rig.manager.get_blob_cache(BlobInfo("a")) as cache:
+        async with await cache.read(RangeRequest()) as read:
+            rig.manager._cool_until = 0.0
+            await rig.read("a", 5 * CHUNK, 10 * CHUNK - 1)
+            await rig.durable()
+            assert await collect(read) == data

@@ -10,11 +10,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from tests.unit.data.twin import TwinBlob, content, file_of, running
+from tests.unit.data.twin import TwinBlob, TwinRead, content, file_of, running
 from tests.unit.data.wire import connected, request, until
 
 from blobcache_agent.data import outlet
 from blobcache_agent.data.limits import Limits
+from blobcache_storage.cache.base import FileSpan
 
 MIB = 1024 * 1024
 SIZES = [1, 4096, 65536, 300_000, 3 * MIB + 5]
@@ -90,6 +91,31 @@ async def test_a_disk_that_fails_at_once(
             assert (answer.status, json.loads(answer.body)["code"]) == (503, "DiskError")
             (record,) = await twin.observer.wait_for_records(1)
             assert not record.aborted
+
+
+@pytest.mark.parametrize("kept", [0, 4096, 700_000])
+async def test_a_file_that_became_too_short(
+    kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The read is told how far its span got, and what it yields then is sent."""
+    data = content(MIB)
+    told: list[int] = []
+
+    def failed(self: TwinRead, span: FileSpan, sent_bytes: int) -> bool:
+        told.append(span.offset + sent_bytes)
+        self.resume(span.offset + sent_bytes)
+        return True
+
+    monkeypatch.setattr(TwinRead, "span_failed", failed)
+    async with running() as twin, connected(twin.host, twin.port, limit=MIB) as wire:
+        with file_of(data, tmp_path) as fd:
+            os.truncate(tmp_path / "data", kept)
+            twin.add("blob", TwinBlob(data, file=fd, piece_bytes=MIB))
+            answer = await wire.ask()
+            assert (answer.status, answer.body) == (200, data)
+            (record,) = await twin.observer.wait_for_records(1)
+            assert (record.aborted, record.bytes_sent) == (False, MIB)
+    assert told == [kept]
 
 
 async def test_a_reader_who_leaves_while_a_thread_reads(

@@ -89,25 +89,29 @@ class TwinRead(BlobRead):
         self.status = blob.status
         self._blob = blob
         self._is_open = True
+        self._position = span.start
         blob.open_reads += 1
         blob.total_reads += 1
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Yield pieces of the blob's piece size."""
-        blob, position = self._blob, self.span.start
-        while position < self.span.end:
+        blob = self._blob
+        while (position := self._position) < self.span.end:
             if position > self.span.start and blob.piece_gate is not None:
                 await blob.piece_gate.wait()
             if blob.fail_after is not None and position - self.span.start >= blob.fail_after:
                 raise blob.piece_error
-            end = min(position + blob.piece_bytes, self.span.end)
+            end = self._position = min(position + blob.piece_bytes, self.span.end)
             if blob.file is not None:
                 yield FileSpan(blob.file, position, end - position)
             else:
                 yield memoryview(blob.data)[position:end]
-            position = end
         if blob.extra:
             yield blob.extra
+
+    def resume(self, position: int) -> None:
+        """Go on from there, from memory."""
+        self._position, self._blob.file = position, None
 
     async def aclose(self) -> None:
         """Count."""
