@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blobcache_storage.errors import DigestMismatch
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 HASH_BATCH_BYTES = 1024 * 1024
 """Hashed per turn of a thread: about 1 ms."""
-LOOK_AGAIN_SECONDS = 1.0
-"""Who waits looks again after so long, should the change have come just before it waited."""
 _SHA256_PREFIX = "sha256:"
 
 
@@ -65,17 +63,17 @@ class WholeCheck:
         """Whether the answer is known."""
         return self._task is not None and self._task.done()
 
-    async def wait_a_while(self) -> None:
-        """Return when the answer is known, or a chunk came or went."""
+    async def wait_a_while(self, seen: int) -> None:
+        """Return when the answer is known, or a chunk came or went.
+
+        Args:
+            seen: `Generation.changes.count` from before the chunks were looked at.
+        """
         assert self._task is not None, "waited for without having joined"
-        self._generation.published.clear()
-        change = asyncio.get_running_loop().create_task(self._generation.published.wait())
+        change = self._generation.changes.since(seen)
+        waited: list[asyncio.Future[Any]] = [self._task, change]
         try:
-            await asyncio.wait(
-                [self._task, change],
-                timeout=LOOK_AGAIN_SECONDS,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         finally:
             change.cancel()
 
@@ -109,8 +107,7 @@ class WholeCheck:
         index = 0
         while index < generation.chunk_count:
             while not generation.is_present(index):
-                generation.published.clear()
-                await generation.published.wait()
+                await generation.changes.since(generation.changes.count)
             end = index
             while end < min(index + batch, generation.chunk_count) and generation.is_present(end):
                 end += 1

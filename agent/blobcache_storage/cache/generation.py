@@ -17,7 +17,6 @@ descriptors and what they are given.
 
 from __future__ import annotations
 
-import asyncio
 import enum
 from array import array
 from collections.abc import Callable, Iterable
@@ -36,6 +35,7 @@ from blobcache_storage.cache.flush import Writer, runs
 from blobcache_storage.cache.index import CatalogEntry
 from blobcache_storage.cache.pools import BufferPool
 from blobcache_storage.cache.runtime import StorageRuntime
+from blobcache_storage.cache.shared import Changes
 from blobcache_storage.device import ByteRange
 
 if TYPE_CHECKING:
@@ -131,8 +131,8 @@ class Generation:
         self.closed = False
         self._on_closed = on_closed
         self.whole_sha256: bytes | None = None
-        self.published = asyncio.Event()
-        """Set whenever a chunk arrives or is dropped; who waits for one clears it first."""
+        self.changes = Changes()
+        """Noted whenever a chunk arrives, is dropped or given up."""
         self.discards = 0
         """How often a chunk that was present ceased to be."""
         self.writer = Writer(self, runtime, on_disk_error)
@@ -232,7 +232,7 @@ class Generation:
                 del self.fetches[index]
                 self.folder.budget.settle(on_disk(self.chunk_length(index)))
                 self._set_absent(index)
-        self.published.set()
+        self.changes.note()
 
     def _set_absent(self, index: int) -> None:
         self.states[index] = _ABSENT
@@ -251,7 +251,7 @@ class Generation:
         self.slots[index] = seal_slot(self.header.generation, index, crc)
         self.memory[index] = buffer
         self.writer.add(index)
-        self.published.set()
+        self.changes.note()
         return True
 
     # -- called by the writer ----------------------------------------------------------------------
@@ -284,7 +284,7 @@ class Generation:
                 self._set_absent(index)
                 self.discards += 1
                 self.whole_sha256 = None
-        self.published.set()
+        self.changes.note()
 
     # -- reading -----------------------------------------------------------------------------------
 

@@ -272,8 +272,9 @@ class Prefetcher:
         check.join()
         try:
             while not check.is_done:
+                seen = generation.changes.count
                 await self._fill(generation)  # what proves wrong on the disk is fetched again
-                await check.wait_a_while()
+                await check.wait_a_while(seen)
             check.require()
         except DigestMismatch:
             manager.quarantine(generation, blob_id)

@@ -290,9 +290,10 @@ class CachedRead(BlobRead):
             return last
         generation = self._generation
         while not self._check.is_done:
+            seen = generation.changes.count
             if generation.states.count(ChunkState.ABSENT) and not await self._arrange_all():
                 return None
-            await self._check.wait_a_while()
+            await self._check.wait_a_while(seen)
         try:
             self._check.require()
         except DigestMismatch:

@@ -1,4 +1,4 @@
-"""One piece of work that many wait for."""
+"""What many wait for: one piece of work, or the next change of something."""
 
 from __future__ import annotations
 
@@ -38,3 +38,33 @@ class SharedWork(Generic[T]):
             if not self._waiting and not self._task.done():
                 self._is_abandoned = True
                 self._task.cancel()
+
+
+class Changes:
+    """Counts changes, so that none is lost between looking and waiting for the next.
+
+    Who waits takes `count`, then looks, then waits for what came since that count. A flag that is
+    cleared before waiting would not do: who clears it may clear another's news.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._waiters: set[asyncio.Future[None]] = set()
+
+    def note(self) -> None:
+        """Count a change and wake all who wait."""
+        self.count += 1
+        waiters, self._waiters = self._waiters, set()
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def since(self, count: int) -> asyncio.Future[None]:
+        """Return what is done once there was a change after so many."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self.count != count:
+            waiter.set_result(None)
+        else:
+            self._waiters.add(waiter)
+            waiter.add_done_callback(self._waiters.discard)
+        return waiter
