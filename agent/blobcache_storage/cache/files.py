@@ -6,6 +6,7 @@ they are set once, both together, and stay valid until `close`.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from array import array
@@ -26,6 +27,9 @@ from blobcache_storage.cache.disk import Disk
 
 if TYPE_CHECKING:
     from blobcache_storage.cache.folder import Folder
+
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO}
+"""What opening says if there is no such file, or something that is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,11 @@ class BlobFiles:
         self.map_fd = -1
 
     def load(self) -> FoundRecords | None:
-        """Open existing files; None if they are missing, foreign, or of something else."""
+        """Open existing files; None if they are missing, foreign, or of something else.
+
+        Raises:
+            OSError: They cannot be opened now, which says nothing about them.
+        """
         disk, stem, header = self._disk, self._stem, self._header
         fds: list[int] = []
         try:
@@ -63,10 +71,14 @@ class BlobFiles:
                 return FoundRecords(
                     decode_slots(header, body), decode_whole_record(header.generation, page)
                 )
-        except OSError:
-            pass  # the same as "nothing is here": the entry is discarded
-        for fd in fds:
-            disk.close(fd)
+        except OSError as error:
+            # Not there, no files, or a map that cannot be read: the entry is discarded.
+            if len(fds) < 2 and error.errno not in _NOT_THERE:
+                raise
+        finally:
+            if self.data_fd < 0:
+                for fd in fds:
+                    disk.close(fd)
         return None
 
     def create(self) -> None:

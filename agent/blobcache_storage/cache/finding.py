@@ -18,7 +18,7 @@ from blobcache_storage.cache.runtime import Clock
 from blobcache_storage.cache.shared import SharedWork
 from blobcache_storage.cache.table import BlobTable
 from blobcache_storage.device import RangeRequest, RequestSource
-from blobcache_storage.errors import RangeNotSatisfiable, StorageError
+from blobcache_storage.errors import CacheBusy, RangeNotSatisfiable, StorageError
 
 UNCACHEABLE_SECONDS = 60.0
 """How long a blob without a validator is relayed without asking again whether it has one."""
@@ -89,7 +89,10 @@ class Finder:
             StorageError: The origin does not tell the blob's version.
         """
         while True:
-            generation = await self._table.get(blob_id)
+            try:
+                generation = await self._table.get(blob_id)
+            except CacheBusy:
+                return None  # what is cached cannot be read now; the origin has it too
             if generation is not None:
                 return generation, False
             if not self._may_begin() or blob_id in self._uncacheable:

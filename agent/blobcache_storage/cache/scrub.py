@@ -12,6 +12,7 @@ from collections.abc import Callable
 from blobcache_storage.cache.generation import Generation
 from blobcache_storage.cache.runtime import StorageRuntime
 from blobcache_storage.cache.table import BlobTable
+from blobcache_storage.errors import CacheBusy
 
 SCRUB_INTERVAL_SECONDS = 24 * 3600.0
 SCRUB_BYTES_PER_SECOND = 8 * 1024 * 1024
@@ -58,7 +59,10 @@ class Scrubber:
     async def scrub(self) -> None:
         """Make one pass over all blobs."""
         for blob_id in list(self._table.folder.entries):
-            generation = await self._table.get(blob_id)
+            try:
+                generation = await self._table.get(blob_id)
+            except CacheBusy:
+                continue
             if generation is None:
                 continue
             generation.readers += 1

@@ -16,6 +16,7 @@ from blobcache_storage.cache.generation import Generation
 from blobcache_storage.cache.index import CatalogEntry
 from blobcache_storage.cache.runtime import StorageRuntime
 from blobcache_storage.device import BlobVersion
+from blobcache_storage.errors import CacheBusy
 
 if TYPE_CHECKING:
     from blobcache_storage.cache.folder import Folder
@@ -63,7 +64,10 @@ class BlobTable:
     async def get(self, blob_id: str) -> Generation | None:
         """Return the current generation of a blob, opening its files if need be; None if none.
 
-        What cannot be opened, or is not what it should be, is discarded.
+        What is not there, or is not what it should be, is discarded.
+
+        Raises:
+            CacheBusy: Its files cannot be opened now; they are kept.
         """
         while True:
             generation = self.current(blob_id)
@@ -78,11 +82,17 @@ class BlobTable:
             # Not cancelled with those who wait: a thread opens descriptors meanwhile.
             await asyncio.wait([loading])
             loading.result()
+            is_kept = self.folder.entries.get(blob_id) is entry and not self._closing
+            if is_kept and self.current(blob_id) is None:
+                raise CacheBusy("the files of a cached blob cannot be opened now")
 
     async def _load(self, entry: CatalogEntry) -> None:
         generation = self._new(entry)
         try:
             loaded = await self._runtime.reader.run(generation.files.load)
+        except OSError as error:
+            self._on_disk_error(error)
+            return
         finally:
             self._loading.pop(entry.blob_id, None)
         if self._closing or self.folder.entries.get(entry.blob_id) is not entry:

@@ -296,3 +296,28 @@ async def test_a_relay_takes_over_where_the_cache_ends(rig: Rig, disk: Recording
             await rig.read("a", 5 * CHUNK, 10 * CHUNK - 1)
             await rig.durable()
             assert await collect(read) == data
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO])
+@pytest.mark.parametrize("suffix", [".data", ".map"])
+async def test_files_that_cannot_be_opened_now_are_kept(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, code: int, suffix: str
+) -> None:
+    """A shortage is no damage: the blob is relayed, and a hit again once it is over."""
+    data = rig.put("a", 3 * CHUNK)
+    await rig.read("a")
+    await rig.restart()
+    opened = RecordingDisk.open
+
+    def failing(self: RecordingDisk, name: str, *args: int, **kwargs: int) -> int:
+        if name.endswith(suffix):
+            raise OSError(code, os.strerror(code))
+        return opened(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(RecordingDisk, "open", failing)
+    assert await rig.read("a") == (data, CacheStatus.MISS)
+    assert rig.manager.stats().degraded_reason == "DiskError"
+    await rig.settled()
+    assert len(files(rig, "data")) == len(files(rig, "map")) == 1
+    monkeypatch.setattr(RecordingDisk, "open", opened)
+    assert await rig.read("a") == (data, CacheStatus.HIT)
