@@ -244,6 +244,8 @@ class Writer:
         """Have what was written to the map survive a power cut."""
         self._map_dirty = False
         disk, map_fd = self._runtime.disk, self._generation.files.map_fd
+        if map_fd < 0:
+            return  # closed since a failure
         async with self._runtime.sync_slots:
             await self._runtime.flusher.run(lambda: disk.sync_data(map_fd))
 
