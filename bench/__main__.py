@@ -54,7 +54,10 @@ machine use more rounds, and believe the ratio of CPU seconds before that of req
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; 1 if a measurement could not be taken."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(given)
+    parser = _parser()
+    options = parser.parse_args(given)
+    if options.docs and options.only:
+        parser.error("--docs replaces the whole table, so it takes all measurements: no --only")
     signal.signal(signal.SIGTERM, _interrupt)
     machine = describe(given)
     rows: list[Row] = []

@@ -66,7 +66,7 @@ def measure(bench: Bench) -> list[Row]:
 
 
 def _worker_mib(server: Server) -> float:
-    return server.process.memory_mib()
+    return max(server.process.memory_mib(pid=pid) for pid in server.process.pids())
 
 
 def _measure_size(

@@ -4,7 +4,7 @@ A blob is named `NAME-SIZE` and holds the first SIZE bytes of one data file, so 
 many blobs as one likes. Latency passes before each answer's head; the speed is one line's, shared
 by all connections. Threads and `sendfile`: it sustains what the loopback does.
 
-    python -m bench.origin FILE PORT LATENCY_SECONDS BYTES_PER_SECOND    (0: no limit)
+    python bench/origin.py FILE PORT LATENCY_SECONDS BYTES_PER_SECOND    (0: no limit)
 
 `GET /counters` answers with two numbers: requests, and bytes of bodies sent.
 """

@@ -69,9 +69,9 @@ class Process:
                 total += int(fields[11]) + int(fields[12])
         return total / _TICKS_PER_SECOND
 
-    def memory_mib(self, field: str = "VmRSS") -> float:
-        """Return resident memory, or with "VmHWM" its highest, of this process alone."""
-        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+    def memory_mib(self, field: str = "VmRSS", *, pid: int | None = None) -> float:
+        """Return resident memory, or with "VmHWM" its highest, of one process: itself or a child."""
+        for line in Path(f"/proc/{pid or self.pid}/status").read_text().splitlines():
             if line.startswith(field + ":"):
                 return int(line.split()[1]) / 1024
         raise BenchError(f"{self._name} has no {field}")

@@ -28,7 +28,8 @@ def verdict(row: Row) -> str:
         return ""
     if row.is_met:
         return "met"
-    return f"missed by {row.goal.miss_percent(row.figure.value):.0f} %"
+    percent = row.goal.miss_percent(row.figure.value)
+    return f"missed by {percent:.0f} %" if percent >= 1 else f"missed by {percent:.1f} %"
 
 
 def figure_text(row: Row) -> str:

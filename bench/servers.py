@@ -109,7 +109,7 @@ def origin(
     """Run an origin for the time of a block."""
     port = free_port()
     options = [str(bench.data), str(port), str(latency_seconds), str(bytes_per_second)]
-    command = [sys.executable, "-m", "bench.origin", *options]
+    command = [sys.executable, str(Path(__file__).with_name("origin.py")), *options]
     with running(f"origin-{port}", command, bench.folder) as process:
         process.wait_listening(port)
         yield OriginServer(Server(process, port))
