@@ -17,6 +17,9 @@ from blobcache_operator import errors, metrics
 from blobcache_operator.kubeauth import TOKEN_REFRESH_SECONDS, KubeAccess
 
 REQUEST_TIMEOUT_SECONDS = 30.0
+# aiohttp closes TLS connections behind one's back; its manual says to leave the loop so long to it
+# ("Graceful shutdown" of its client), else they stay open until their memory is collected.
+TLS_CLOSE_SECONDS = 0.25
 CONNECTIONS_MAX = 16
 PAGE_OBJECTS = 500
 PAGES_MAX = 400  # 200,000 objects; a server that never ends its pages must not fill our memory
@@ -67,6 +70,7 @@ class Kube:
         if self._session is not None:
             await self._session.close()
             self._session = None
+            await asyncio.sleep(TLS_CLOSE_SECONDS)
 
     async def get(
         self, path: str, *, accept: str = "application/json", **parameters: str

@@ -59,10 +59,10 @@ async def test_a_broken_agent_is_named_and_delays_nobody(
         degraded = await stage.condition("models", "Degraded", "True", reason)
         assert "'bad'" in degraded["message"]
         await until_true(lambda: good.names == {"models"})
+        await until(lambda: _summary_is(stage, "1/2"))
         status = await stage.status("models")
         assert status["nodes"]["failed"] == 1
         assert status["nodes"]["failures"][0]["node"] == "bad"
-        await until(lambda: _summary_is(stage, "1/2"))
         if mood == "dead":
             await stack.enter_async_context(bad.serving(stage.tls))
         bad.mood = "well"
