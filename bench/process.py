@@ -70,7 +70,7 @@ class Process:
         return total / _TICKS_PER_SECOND
 
     def memory_mib(self, field: str = "VmRSS", *, pid: int | None = None) -> float:
-        """Return resident memory, or with "VmHWM" its highest, of one process: itself or a child."""
+        """Return resident memory, or with "VmHWM" its highest, of itself or of a child."""
         for line in Path(f"/proc/{pid or self.pid}/status").read_text().splitlines():
             if line.startswith(field + ":"):
                 return int(line.split()[1]) / 1024
