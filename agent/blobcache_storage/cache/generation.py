@@ -454,6 +454,9 @@ class Generation:
     def _close(self) -> None:
         self.closed = True
         self.runtime.open_files.forget(self)
+        # The generation and its writer hold each other until the collector comes by, which does
+        # not know how much memory hangs on them.
+        self.slots = array("Q")
         self._on_closed(self)
         self.files.close()
         if self.retired:
