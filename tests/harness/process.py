@@ -18,6 +18,8 @@ from typing import Self
 LOG_TAIL_LINES = 40
 POLL_SECONDS_MIN = 0.02
 POLL_SECONDS_MAX = 0.5
+WORKERS_MAX = 8
+"""Parallel test workers that share no port."""
 PORT_FIRST = 20_000
 PORT_LAST = 29_999
 """Below Linux's usual ephemeral range, so that no outgoing connection of anybody takes a port
@@ -187,17 +189,31 @@ def poll_until(is_done: Callable[[], bool], *, timeout: float) -> bool:
 
 def free_port() -> int:
     """
-    Return a loopback TCP port nobody listens on now.
+    Return a loopback TCP port nobody listens on now, never the same twice in one process.
 
-    Somebody may take it before its user binds it: start servers with `start_on_free_ports`.
+    A port may be handed out long before its user binds it, so nobody else in this process gets it
+    meanwhile, and parallel test workers each have a part of the range to themselves. Another
+    program may still take it: start servers with `start_on_free_ports` where that is possible.
     """
-    for port in random.SystemRandom().sample(range(PORT_FIRST, PORT_LAST + 1), 200):
+    ports = [port for port in _own_ports() if port not in _handed_out]
+    for port in random.SystemRandom().sample(ports, min(len(ports), 200)):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):
                 probe.bind(("127.0.0.1", port))
+                _handed_out.add(port)
                 return port
     raise OSError(f"No free port between {PORT_FIRST} and {PORT_LAST} was found")
+
+
+_handed_out: set[int] = set()
+
+
+def _own_ports() -> range:
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if not worker:
+        return range(PORT_FIRST, PORT_LAST + 1)
+    return range(PORT_FIRST + int(worker[2:]) % WORKERS_MAX, PORT_LAST + 1, WORKERS_MAX)
 
 
 def start_on_free_ports(
