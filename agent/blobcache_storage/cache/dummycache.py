@@ -5,7 +5,6 @@ Nydus: `DummyCacheMgr` (storage/src/cache/dummycache.rs). Differs in that gc can
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from typing_extensions import override
@@ -24,37 +23,12 @@ from blobcache_storage.cache.base import (
 )
 from blobcache_storage.cache.digest import sha256_of
 from blobcache_storage.cache.fill import Origin
+from blobcache_storage.cache.handle import Handles
 from blobcache_storage.cache.pools import BufferPool
 from blobcache_storage.cache.relay import Relay, RelayedRead
 from blobcache_storage.config import CHUNK_SIZE_BYTES_DEFAULT, ConfigV2
 from blobcache_storage.device import BlobInfo, BlobVersion, RangeRequest, RequestSource
 from blobcache_storage.errors import StorageError
-
-
-class DummyBlobCache(BlobCache):
-    """A handle on a blob that is not cached."""
-
-    def __init__(self, manager: DummyCacheMgr, info: BlobInfo) -> None:
-        self.blob_id = info.id
-        self._manager = manager
-        self._digest = info.digest
-        self._closed = False
-
-    @override
-    async def read(
-        self, request: RangeRequest, *, source: RequestSource = RequestSource.ON_DEMAND
-    ) -> BlobRead:
-        return await self._manager.read(self.blob_id, self._digest, request, source)
-
-    @override
-    async def stat(self) -> tuple[BlobVersion, CacheStatus]:
-        return await self._manager.stat(self.blob_id)
-
-    @override
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._manager.release_handle(self.blob_id)
 
 
 class DummyCacheMgr(BlobCacheMgr):
@@ -71,7 +45,7 @@ class DummyCacheMgr(BlobCacheMgr):
             on_failure=self._note_failure,
             on_success=self._note_success,
         )
-        self._handles: Counter[str] = Counter()
+        self._handles = Handles(self)
         self._destroyed = False
 
     @override
@@ -81,14 +55,7 @@ class DummyCacheMgr(BlobCacheMgr):
     @override
     def get_blob_cache(self, blob_info: BlobInfo) -> BlobCache:
         blob_id = self._backend.check_blob_id(blob_info.id)
-        self._handles[blob_id] += 1
-        return DummyBlobCache(self, BlobInfo(blob_id, blob_info.size_bytes, blob_info.digest))
-
-    def release_handle(self, blob_id: str) -> None:
-        """Take a handle back."""
-        self._handles[blob_id] -= 1
-        if not self._handles[blob_id]:
-            del self._handles[blob_id]
+        return self._handles.open(blob_id, blob_info.digest)
 
     async def read(
         self, blob_id: str, digest: str | None, request: RangeRequest, source: RequestSource

@@ -1,6 +1,6 @@
 """FileCacheMgr: blobs cached in files, by chunks.
 
-The life of a read: `FileBlobCache.read` -> the current generation (`table`), or a first ranged GET
+The life of a read: `FileCacheMgr.read` -> the current generation (`table`), or a first ranged GET
 that tells the version (`_learn`) -> `CachedRead` (`reading`), whose misses are fetched and stored
 (`fill`, `flush`) or, where the cache may not or cannot store, relayed (`relay`).
 
@@ -11,7 +11,6 @@ of writing, in verification on every serve, and in knowing versions.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 
 from typing_extensions import override
@@ -36,6 +35,7 @@ from blobcache_storage.cache.disk import cache_error
 from blobcache_storage.cache.fill import Fetch, Origin
 from blobcache_storage.cache.finding import Finder, Remembered
 from blobcache_storage.cache.generation import Generation
+from blobcache_storage.cache.handle import Handles
 from blobcache_storage.cache.pools import Throttle, WorkerPool
 from blobcache_storage.cache.prefetch import Prefetcher
 from blobcache_storage.cache.reading import CachedRead
@@ -86,32 +86,6 @@ def check_chunk_size(chunk_size_bytes: int) -> int:
     return chunk_size_bytes
 
 
-class FileBlobCache(BlobCache):
-    """A handle; all state is the manager's."""
-
-    def __init__(self, manager: FileCacheMgr, info: BlobInfo) -> None:
-        self.blob_id = info.id
-        self._manager = manager
-        self._digest = info.digest
-        self._closed = False
-
-    @override
-    async def read(
-        self, request: RangeRequest, *, source: RequestSource = RequestSource.ON_DEMAND
-    ) -> BlobRead:
-        return await self._manager.read(self.blob_id, self._digest, request, source)
-
-    @override
-    async def stat(self) -> tuple[BlobVersion, CacheStatus]:
-        return await self._manager.stat(self.blob_id)
-
-    @override
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._manager.release_handle(self.blob_id)
-
-
 class FileCacheMgr(BlobCacheMgr):
     """All blobs of one configuration; belongs to one event loop. See the module.
 
@@ -147,7 +121,7 @@ class FileCacheMgr(BlobCacheMgr):
         self.table = BlobTable(self._folder, runtime, self._on_disk_error)
         self.reclaimer = Reclaimer(root, self.table, self.origin.counters, cache)
         root.members[self._folder.name] = self.reclaimer
-        self._handles: Counter[str] = Counter()
+        self._handles = Handles(self)
         self._checks: dict[Generation, WholeCheck] = {}
         self._quarantined = Remembered(runtime.clock, QUARANTINE_SECONDS)
         self._cool_until = 0.0
@@ -178,14 +152,7 @@ class FileCacheMgr(BlobCacheMgr):
     @override
     def get_blob_cache(self, blob_info: BlobInfo) -> BlobCache:
         blob_id = self._backend.check_blob_id(blob_info.id)
-        self._handles[blob_id] += 1
-        return FileBlobCache(self, BlobInfo(blob_id, blob_info.size_bytes, blob_info.digest))
-
-    def release_handle(self, blob_id: str) -> None:
-        """Take a handle back."""
-        self._handles[blob_id] -= 1
-        if not self._handles[blob_id]:
-            del self._handles[blob_id]
+        return self._handles.open(blob_id, blob_info.digest)
 
     @override
     def gc(self, blob_id: str | None) -> bool:
