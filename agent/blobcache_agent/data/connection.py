@@ -118,6 +118,11 @@ class Connection(asyncio.BufferedProtocol):
 
     # What the server calls.
 
+    @property
+    def due_time(self) -> float | None:
+        """Until when it may wait for a head, by the loop's clock; None while it is answered."""
+        return None if self._is_answering or self._is_lingering else self._deadline
+
     def sweep(self, now: float) -> None:
         """Enforce the time-outs; called every `Limits.sweep_seconds`."""
         if self._is_answering:
