@@ -8,6 +8,7 @@ Versions are those of the `go.mod` files below `gobuild/`, and of nothing else.
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import importlib.util
 import os
 import re
@@ -69,17 +70,55 @@ class Program:
 
     @property
     def cached(self) -> Path:
-        """Where the built program is kept."""
-        return cache_folder() / f"{self.name}-{self.version}"
+        """Where the built program is kept: other linker flags make another program."""
+        flags = hashlib.sha256(self.linker_flags().encode()).hexdigest()[:8]
+        return cache_folder() / f"{self.name}-{self.version}-{flags}"
 
     def linker_flags(self) -> str:
-        """Return `-ldflags`: no debug tables, and for Kubernetes the version it reports."""
-        if self.family != "kubernetes":
-            return "-s -w"
+        """Return `-ldflags`: no debug tables, and the versions a program is told by its linker."""
         major, minor, _ = self.version.removeprefix("v").split(".", 2)
-        values = {"gitVersion": self.version, "gitMajor": major, "gitMinor": minor}
-        named = [f"-X {_KUBERNETES_VERSION_PACKAGE}.{key}={of}" for key, of in values.items()]
-        return " ".join(["-s -w", *named])
+        told = {
+            "kubernetes": {
+                f"{_KUBERNETES_VERSION_PACKAGE}.gitVersion": self.version,
+                f"{_KUBERNETES_VERSION_PACKAGE}.gitMajor": major,
+                f"{_KUBERNETES_VERSION_PACKAGE}.gitMinor": minor,
+            },
+            "containerd": {"github.com/containerd/containerd/v2/version.Version": self.version},
+            # The cluster version helm takes for granted where it renders without one.
+            "helm": {
+                "helm.sh/helm/v3/pkg/chartutil.k8sVersionMajor": "1",
+                "helm.sh/helm/v3/pkg/chartutil.k8sVersionMinor": "34",
+            },
+        }
+        values = told.get(self.family, {})
+        return " ".join(["-s -w", *(f"-X {name}={value}" for name, value in values.items())])
+
+
+def _kubernetes(name: str, *, minutes: int = 1, probe: tuple[str, ...] = ("--version",)) -> Program:
+    """Return one of the programs of the Kubernetes repository."""
+    return Program(
+        name=name,
+        family="kubernetes",
+        module="k8s.io/kubernetes",
+        package=f"k8s.io/kubernetes/cmd/{name}",
+        probe=probe,
+        accepted=r"(Kubernetes|Client Version:) {version}$",
+        minutes=minutes,
+    )
+
+
+def _containerd(name: str) -> Program:
+    """Return one of containerd's programs."""
+    module = "github.com/containerd/containerd/v2"
+    return Program(
+        name=name,
+        family="containerd",
+        module=module,
+        package=f"{module}/cmd/{name}",
+        probe=("--version",),
+        accepted=r" {version}\b",
+        minutes=1,
+    )
 
 
 PROGRAMS = {
@@ -94,24 +133,8 @@ PROGRAMS = {
             accepted=r"etcd Version: 3\.[56]\.",
             minutes=1,
         ),
-        Program(
-            name="kube-apiserver",
-            family="kubernetes",
-            module="k8s.io/kubernetes",
-            package="k8s.io/kubernetes/cmd/kube-apiserver",
-            probe=("--version",),
-            accepted=r"Kubernetes {version}$",
-            minutes=3,
-        ),
-        Program(
-            name="kubectl",
-            family="kubernetes",
-            module="k8s.io/kubernetes",
-            package="k8s.io/kubernetes/cmd/kubectl",
-            probe=("version", "--client"),
-            accepted=r"Client Version: {version}$",
-            minutes=1,
-        ),
+        _kubernetes("kube-apiserver", minutes=3),
+        _kubernetes("kubectl", probe=("version", "--client")),
         Program(
             name="registry",
             family="registry",
@@ -130,8 +153,25 @@ PROGRAMS = {
             accepted=r"^v3\.",
             minutes=1,
         ),
+        _kubernetes("kube-controller-manager"),
+        _kubernetes("kube-scheduler"),
+        _kubernetes("kube-proxy"),
+        _kubernetes("kubelet"),
+        _containerd("containerd"),
+        _containerd("containerd-shim-runc-v2"),
+        _containerd("ctr"),
+        Program(
+            name="coredns",
+            family="coredns",
+            module="github.com/coredns/coredns",
+            package=".",
+            probe=("-version",),
+            accepted=r"^CoreDNS-1\.",
+            minutes=1,
+        ),
     )
 }
+"""In the order in which they are best built: later ones share what earlier ones compiled."""
 
 
 def cache_folder() -> Path:
