@@ -7,6 +7,7 @@ business (`origin_guards`); what is there is a dict of paths.
 from __future__ import annotations
 
 import asyncio
+import gzip
 import hashlib
 import re
 import socket
@@ -98,6 +99,10 @@ class Misbehaviour:
     """Chunked, without Content-Length."""
     corrupt_at: int | None = None
     """Offset in the blob of a byte sent with its bits turned."""
+    displace: int = 0
+    """Content-Range says that the bytes lie so much further on, in a blob so much longer."""
+    compress: bool = False
+    """The body is sent gzipped, and says so."""
     headers: dict[str, str | None] = field(default_factory=dict)
     """Replace headers of the answer; None removes one."""
     replace_with: StoredBlob | None = None
@@ -125,11 +130,18 @@ class FaultOrigin:
 
     Args:
         guard: Asked about each request before anything else.
-        tls: Makes it speak https.
+        tls: Makes it speak https; may be replaced while it does not listen.
+        address: Of loopback; others than 127.0.0.1 stand for other hosts.
     """
 
-    def __init__(self, guard: Guard | None = None, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        guard: Guard | None = None,
+        tls: ssl.SSLContext | None = None,
+        address: str = "127.0.0.1",
+    ) -> None:
         self.guard = guard
+        self.tls = tls
         self.blobs: dict[str, StoredBlob] = {}
         self.redirects: Callable[[Request], str | None] = lambda request: None
         """Returns where a request for a blob is sent on to, if anywhere."""
@@ -139,7 +151,10 @@ class FaultOrigin:
         self.clock_offset = timedelta(0)
         self.always: Misbehaviour | None = None
         """Goes for each request that has none of its own."""
-        self._tls = tls
+        self.faults = 0
+        """Requests met with a misbehaviour."""
+        self._address = address
+        self._reserved: socket.socket | None = None
         self._next: deque[Misbehaviour] = deque()
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -147,13 +162,13 @@ class FaultOrigin:
 
     @property
     def host(self) -> str:
-        """`127.0.0.1:port`."""
-        return f"127.0.0.1:{self.port}"
+        """Address and port."""
+        return f"{self._address}:{self.port}"
 
     @property
     def url(self) -> str:
         """Scheme and host."""
-        return f"{'https' if self._tls else 'http'}://{self.host}"
+        return f"{'https' if self.tls else 'http'}://{self.host}"
 
     def put(
         self, path: str, data: bytes, etag: str | None = "auto", last_modified: str | None = None
@@ -171,10 +186,7 @@ class FaultOrigin:
         return datetime.now(UTC) + self.clock_offset
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(
-            self._accept, "127.0.0.1", self.port, ssl=self._tls, limit=HEAD_BYTES_MAX
-        )
-        self.port = self._server.sockets[0].getsockname()[1]
+        await self.start()
         return self
 
     async def __aexit__(
@@ -184,6 +196,21 @@ class FaultOrigin:
         trace: TracebackType | None,
     ) -> None:
         await self.stop()
+        if self._reserved is not None:
+            self._reserved.close()
+            self._reserved = None
+
+    async def start(self) -> None:
+        """Listen, after a `stop` at the same port."""
+        if self._reserved is None:
+            # Bound and never listening: while the server is stopped, nobody else gets its port.
+            self._reserved = socket.socket()
+            self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._reserved.bind((self._address, self.port))
+            self.port = self._reserved.getsockname()[1]
+        self._server = await asyncio.start_server(
+            self._accept, self._address, self.port, ssl=self.tls, limit=HEAD_BYTES_MAX
+        )
 
     async def stop(self) -> None:
         """Stop listening and break all connections; the port then refuses."""
@@ -228,8 +255,9 @@ class FaultOrigin:
         if refusal is not None:
             await self._send(request, refusal, Misbehaviour(), writer)
             return True
-        fault = self._next.popleft() if self._next else self.always or Misbehaviour()
-        return await self._answer(request, fault, writer)
+        fault = self._next.popleft() if self._next else self.always
+        self.faults += fault is not None
+        return await self._answer(request, fault or Misbehaviour(), writer)
 
     async def _answer(
         self, request: Request, fault: Misbehaviour, writer: asyncio.StreamWriter
@@ -273,19 +301,24 @@ class FaultOrigin:
         if found is None:
             return Answer(416, {"Content-Range": f"bytes */{len(data)}"})
         start, end = found
-        headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+        first, last, size = (place + fault.displace for place in (start, end - 1, len(data)))
+        headers["Content-Range"] = f"bytes {first}-{last}/{size}"
         return Answer(206, headers, bytes(data[start:end]))
 
     async def _send(
         self, request: Request, answer: Answer, fault: Misbehaviour, writer: asyncio.StreamWriter
     ) -> bool:
         body = answer.body + fault.extra_body
+        if fault.compress:
+            body = gzip.compress(body)
         headers: dict[str, str | None] = {"Date": format_datetime(self.now(), usegmt=True)}
         if fault.chunked:
             headers["Transfer-Encoding"] = "chunked"
         else:
             headers["Content-Length"] = str(len(body))
         headers |= answer.headers
+        if fault.compress:
+            headers["Content-Encoding"] = "gzip"
         headers |= fault.headers
         lines = [f"HTTP/1.1 {answer.status} Answer"]
         lines += [f"{name}: {text}" for name, text in headers.items() if text is not None]

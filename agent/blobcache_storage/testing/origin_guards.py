@@ -66,6 +66,8 @@ class RegistryGuard:
     """Token to scope."""
     issued: int = 0
     refuse_tokens: bool = False
+    misled: int = 0
+    """Challenges sent with `realm` in place of the token service's own."""
 
     def revoke(self) -> None:
         """Make all tokens issued so far worthless."""
@@ -82,6 +84,7 @@ class RegistryGuard:
         shown = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.tokens.get(shown) == scope:
             return None
+        self.misled += self.realm is not None
         realm = self.realm or f"{self.url()}/token"
         challenge = f'Bearer realm="{realm}",service="{self.service}",scope="{scope},push"'
         return Answer(401, {"WWW-Authenticate": challenge}, b'{"errors":[]}')
@@ -171,6 +174,54 @@ class OSSGuard:
         if not hmac.compare_digest(right, fields["Signature"]):
             return error_document(403, "SignatureDoesNotMatch")
         self.seen.append("V4")
+        return None
+
+
+@dataclass(slots=True)
+class S3Guard:
+    """Checks S3 signatures, version 4, of requests without a query; and their payload's hash."""
+
+    access_key_id: str
+    secret: str
+    region: str = "us-east-1"
+    now: Callable[[], datetime] = lambda: datetime.now(UTC)
+
+    def __call__(self, request: Request) -> Answer | None:
+        """Check a request."""
+        authorization = request.headers.get("authorization", "")
+        if not authorization.startswith("AWS4-HMAC-SHA256 "):
+            return error_document(403, "AccessDenied")
+        shown = authorization.removeprefix("AWS4-HMAC-SHA256 ")
+        fields = dict(part.strip().split("=", 1) for part in shown.split(","))
+        key_id, day, region, service, end = fields["Credential"].split("/")
+        stamp = request.headers["x-amz-date"]
+        when = datetime.strptime(stamp, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+        if key_id != self.access_key_id:
+            return error_document(403, "InvalidAccessKeyId")
+        if abs((self.now() - when).total_seconds()) > SKEW_SECONDS_MAX:
+            return error_document(403, "RequestTimeTooSkewed")
+        names = fields["SignedHeaders"].split(";")
+        must_sign = {"host", *(name for name in request.headers if name.startswith("x-amz-"))}
+        is_scope_right = (day, region, service, end) == (
+            stamp[:8],
+            self.region,
+            "s3",
+            "aws4_request",
+        )
+        if not is_scope_right or not must_sign <= set(names) or "?" in request.target:
+            return error_document(403, "AuthorizationHeaderMalformed")
+        lines = "".join(f"{name}:{request.headers[name]}\n" for name in names)
+        payload = request.headers["x-amz-content-sha256"]
+        parts = (request.method, request.raw_path, "", lines, ";".join(names), payload)
+        hashed = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        scope = f"{day}/{region}/{service}/{end}"
+        key = f"AWS4{self.secret}".encode()
+        for step in scope.split("/"):
+            key = hmac.digest(key, step.encode(), "sha256")
+        text = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{hashed}"
+        right = hmac.digest(key, text.encode(), "sha256").hex()
+        if not hmac.compare_digest(right, fields["Signature"]):
+            return error_document(403, "SignatureDoesNotMatch")
         return None
 
 
