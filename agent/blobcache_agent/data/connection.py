@@ -119,9 +119,14 @@ class Connection(asyncio.BufferedProtocol):
     # What the server calls.
 
     @property
-    def due_time(self) -> float | None:
-        """Until when it may wait for a head, by the loop's clock; None while it is answered."""
-        return None if self._is_answering or self._is_lingering else self._deadline
+    def waiting_since(self) -> float | None:
+        """Since when it waits for a head, by the loop's clock; None if it does not wait."""
+        if self._is_answering or self._is_lingering or self._transport.is_closing():
+            return None
+        limits = self._limits
+        return self._deadline - (
+            limits.idle_timeout_seconds if self._is_idle else limits.head_timeout_seconds
+        )
 
     def sweep(self, now: float) -> None:
         """Enforce the time-outs; called every `Limits.sweep_seconds`."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import heapq
+import socket
 import sys
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 
+from blobcache_agent.acceptor import Acceptor, listening_socket
 from blobcache_agent.data.catalog import Catalog, Observer, ReaderAuth
 from blobcache_agent.data.connection import SHUTTING_DOWN, Connection
 from blobcache_agent.data.dates import DateClock
@@ -15,7 +19,11 @@ from blobcache_agent.data.limits import INPUT_BYTES_PER_RECEIVE, Limits
 from blobcache_agent.data.outlet import BLOCK_BYTES
 from blobcache_agent.data.rejection import Rejection
 
-BACKLOG = 1024
+BACKLOG = 4096
+YIELDING_PER_LOOK = 64
+"""Waiting connections noted at one look at all of them, so that a crowd costs one look for many."""
+YIELDING_LOOK_SECONDS = 0.1
+"""Between two looks that find nobody."""
 CUT_GRACE_SECONDS = 2.0
 """For reads to close after their connections were cut."""
 
@@ -36,8 +44,12 @@ class DataServer:
         self.threads = ThreadPoolExecutor(limits.file_threads, thread_name_prefix="data-read")
         self.is_stopping = False
         self._connections: set[Connection] = set()
+        self._opening: set[asyncio.Task[None]] = set()
+        self._yielding: list[Connection] = []
+        """Connections that wait, who must go first comes last."""
+        self._yielding_look_time = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._listener: asyncio.Server | None = None
+        self._acceptor: Acceptor | None = None
         self._sweeping: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
 
@@ -54,24 +66,25 @@ class DataServer:
             port: 0 for any free one.
 
         Returns:
-            Address and port of the first listening socket.
+            Address and port of the listening socket.
 
         Raises:
             OSError: The address cannot be bound.
         """
+        sock = listening_socket(host or "", port, BACKLOG)
+        address = sock.getsockname()
+        self._acceptor = Acceptor(sock, self._take, self._on_shortage)
+        self._acceptor.start()
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(
-            self._new_connection, host or None, port, backlog=BACKLOG
-        )
         self._sweeping = loop.call_later(self.limits.sweep_seconds, self._sweep)
-        address = self._listener.sockets[0].getsockname()
         return address[0], address[1]
 
     async def stop(self, grace_seconds: float = 25.0) -> None:
         """Stop accepting, close idle connections, finish answers, then cut what is left."""
         self.is_stopping = True
-        if self._listener is not None:
-            self._listener.close()
+        if self._acceptor is not None:
+            self._acceptor.stop()
+            await asyncio.gather(*self._opening)
         for connection in list(self._connections):
             connection.close_if_idle()
         if not await self._wait_until_empty(grace_seconds):
@@ -111,18 +124,62 @@ class DataServer:
         self._tasks.discard(task)
         self._changed.set()
 
-    def _new_connection(self) -> asyncio.BaseProtocol:
-        """Return the protocol of a connection that was just accepted."""
-        surplus = len(self._connections) - self.limits.connections_max
-        if surplus < 0:
-            return Connection(self)
-        if surplus >= self.limits.connections_refusing_max:
-            return _Closed()
-        message = f"the cache serves {self.limits.connections_max} connections already"
-        return Connection(
-            self,
-            Rejection(503, "TooManyConnections", message, close=True, headers="Retry-After: 1\r\n"),
-        )
+    def _take(self, sock: socket.socket) -> None:
+        """Serve a connection that was just accepted, or say that there is no room."""
+        limits = self.limits
+        surplus = len(self._connections) + len(self._opening) - limits.connections_max
+        if surplus < 0 or self._make_place():
+            connection = Connection(self)
+        elif surplus < limits.connections_refusing_max:
+            message = f"the cache serves {limits.connections_max} connections already"
+            connection = Connection(
+                self,
+                Rejection(
+                    503, "TooManyConnections", message, close=True, headers="Retry-After: 1\r\n"
+                ),
+            )
+        else:
+            sock.close()
+            return
+        opening = asyncio.get_running_loop().create_task(_open(connection, sock))
+        self._opening.add(opening)
+        opening.add_done_callback(self._opening.discard)
+
+    def _make_place(self) -> bool:
+        """Close the connection that has been idle, or without a whole head, for longest.
+
+        So who drips its requests, or holds connections that it does not use, keeps nobody out;
+        returns False where all are being answered.
+        """
+        for look in (False, True):
+            if look:
+                self._look_for_yielding()
+            while self._yielding:
+                connection = self._yielding.pop()
+                if connection in self._connections and connection.waiting_since is not None:
+                    connection.close_if_idle()
+                    return True
+        return False
+
+    def _look_for_yielding(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now < self._yielding_look_time:
+            return
+        waiting = [
+            (since, id(connection), connection)
+            for connection in self._connections
+            if (since := connection.waiting_since) is not None
+        ]
+        first = heapq.nsmallest(YIELDING_PER_LOOK, waiting)
+        self._yielding = [connection for _, _, connection in reversed(first)]
+        if not first:
+            self._yielding_look_time = now + YIELDING_LOOK_SECONDS
+
+    def _on_shortage(self) -> None:
+        """Free some descriptors."""
+        for _ in range(YIELDING_PER_LOOK):
+            if not self._make_place():
+                return
 
     def _sweep(self) -> None:
         """Have all connections look at the clock: cheaper than a timer for each request."""
@@ -144,10 +201,11 @@ class DataServer:
         return True
 
 
-class _Closed(asyncio.Protocol):
-    """A connection too many even to be refused politely."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Close at once."""
-        assert isinstance(transport, asyncio.Transport)
-        transport.abort()
+async def _open(connection: Connection, sock: socket.socket) -> None:
+    """Give a connection its transport."""
+    try:
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, sock)
+    except OSError:
+        # The reader has gone again.
+        with contextlib.suppress(OSError):
+            sock.close()

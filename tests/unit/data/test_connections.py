@@ -18,6 +18,7 @@ from blobcache_agent.data.server import DataServer
 MIB = 1024 * 1024
 UNTAKEN_BYTES = 64 * MIB
 """More than the kernel buffers of both ends take."""
+SLOW_PATH = "/v1/blobs/team/models/slow"
 
 
 async def test_pipelined_requests_are_answered_in_order() -> None:
@@ -211,14 +212,17 @@ async def test_a_kept_connection_ends(start_next: bool) -> None:
 async def test_too_many_connections() -> None:
     """Beyond the limit a connection is told so and closed; a freed place is used again."""
     limits = Limits(connections_max=2, connections_refusing_max=1, linger_seconds=30)
+    gate = asyncio.Event()
     async with running(limits=limits) as twin:
         twin.add("blob", TwinBlob(content(10)))
+        slow = twin.add("slow", TwinBlob(content(10), head_gate=gate))
         async with (
             connected(twin.host, twin.port) as first,
             connected(twin.host, twin.port) as second,
         ):
-            assert (await first.ask()).status == 200
-            assert (await second.ask()).status == 200
+            for busy in (first, second):
+                await busy.send(request(path=SLOW_PATH))
+            await until(lambda: slow.open_handles == 2)
             async with connected(twin.host, twin.port) as third:
                 answer = await third.ask()
                 assert (answer.status, answer["Connection"]) == (503, "close")
@@ -226,10 +230,40 @@ async def test_too_many_connections() -> None:
                 assert json.loads(answer.body)["code"] == "TooManyConnections"
                 async with connected(twin.host, twin.port) as fourth:
                     assert await fourth.rest() == b""
-                assert (await first.ask()).status == 200
+                gate.set()
+                assert (await first.answer()).status == 200
+                assert (await second.answer()).status == 200
         await _connections(twin.server, 0)
         async with connected(twin.host, twin.port) as wire:
             assert (await wire.ask()).status == 200
+
+
+async def test_who_waits_longest_yields_to_a_newcomer() -> None:
+    """Unused connections and unfinished heads keep nobody out; what is being answered stays."""
+    limits = Limits(connections_max=3, head_timeout_seconds=300, idle_timeout_seconds=600)
+    gate = asyncio.Event()
+    async with running(limits=limits) as twin:
+        twin.add("blob", TwinBlob(content(10)))
+        slow = twin.add("slow", TwinBlob(content(10), head_gate=gate))
+        async with (
+            connected(twin.host, twin.port) as busy,
+            connected(twin.host, twin.port) as dripping,
+            connected(twin.host, twin.port) as idle,
+        ):
+            await busy.send(request(path=SLOW_PATH))
+            await until(lambda: slow.open_handles == 1)
+            await dripping.send(b"GET /v1/blo")
+            assert (await idle.ask()).status == 200
+            async with (
+                connected(twin.host, twin.port) as newcomer,
+                connected(twin.host, twin.port) as latecomer,
+            ):
+                assert (await newcomer.ask()).status == 200
+                assert await dripping.rest() == b""
+                assert (await latecomer.ask()).status == 200
+                assert await idle.rest() == b""
+                gate.set()
+                assert (await busy.answer()).status == 200
 
 
 async def test_lingering_ends() -> None:
