@@ -7,6 +7,7 @@ nothing, Deployments create no pods, and the roles put together from others (vie
 empty; no scheduler, no kubelet.
 """
 
+import ipaddress
 import json
 import os
 import re
@@ -33,6 +34,7 @@ READY_TIMEOUT_SECONDS = 90.0
 KUBECTL_TIMEOUT_SECONDS = 60.0
 ISSUER = "https://kubernetes.default.svc.cluster.local"
 SERVICE_RANGE = "10.96.0.0/16"
+LOOPBACK = "127.0.0.1"
 
 
 class ControlPlane:
@@ -46,9 +48,22 @@ class ControlPlane:
     Args:
         folder: Where data, logs and kubeconfigs go; by default a temporary folder that `stop()`
             removes.
+        address: The address of this machine that the API server is reached at.
+        service_range: Where Services get their addresses.
+        apiserver_flags: More flags of the API server; a repeated flag wins over its first use.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        address: str = LOOPBACK,
+        service_range: str = SERVICE_RANGE,
+        apiserver_flags: Sequence[str] = (),
+    ) -> None:
+        self.address = address
+        self.service_range = service_range
+        self._apiserver_flags = list(apiserver_flags)
         self._owns_folder = folder is None
         self.folder = folder or Path(tempfile.mkdtemp(prefix="blobcache-control-plane-"))
         self.admin_token = secrets.token_hex(16)
@@ -62,7 +77,7 @@ class ControlPlane:
     @property
     def url(self) -> str:
         """The API server's address; the same for this object's whole life."""
-        return f"https://127.0.0.1:{self._port}"
+        return f"https://{self.address}:{self._port}"
 
     @property
     def ca_file(self) -> Path:
@@ -204,7 +219,9 @@ class ControlPlane:
         return {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(self.folder)}
 
     def _write_credentials(self) -> None:
-        serving = self._authority.issue_server(["localhost", "kubernetes"], ["127.0.0.1"])
+        names = ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"]
+        inside = str(ipaddress.ip_network(self.service_range)[1])
+        serving = self._authority.issue_server(names, [LOOPBACK, self.address, inside])
         signing = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         self.ca_file.write_bytes(self._authority.certificate)
         for name, content in {
@@ -251,7 +268,7 @@ class ControlPlane:
             [
                 locate("kube-apiserver"),
                 f"--etcd-servers={self._etcd_url}",
-                "--bind-address=127.0.0.1",
+                f"--bind-address={self.address}",
                 f"--secure-port={port}",
                 f"--cert-dir={self.folder}",
                 f"--tls-cert-file={self.folder / 'serving.crt'}",
@@ -262,12 +279,13 @@ class ControlPlane:
                 f"--service-account-signing-key-file={self.folder / 'service-accounts.key'}",
                 f"--service-account-issuer={ISSUER}",
                 f"--api-audiences={ISSUER}",
-                f"--service-cluster-ip-range={SERVICE_RANGE}",
+                f"--service-cluster-ip-range={self.service_range}",
                 "--authorization-mode=Node,RBAC",
                 "--enable-admission-plugins=NodeRestriction",
                 "--allow-privileged=true",
                 "--endpoint-reconciler-type=none",
                 "--shutdown-delay-duration=0s",
+                *self._apiserver_flags,
             ],
             log=self.folder / "kube-apiserver.log",
             env=self._environment(),
@@ -276,11 +294,11 @@ class ControlPlane:
     def _is_ready(self, port: int) -> bool:
         context = ssl.create_default_context(cafile=str(self.ca_file))
         request = urllib.request.Request(
-            f"https://127.0.0.1:{port}/readyz",
+            f"https://{self.address}:{port}/readyz",
             headers={"Authorization": f"Bearer {self.admin_token}"},
         )
         opener = _opener(urllib.request.HTTPSHandler(context=context))
-        return is_listening(port) and _answers_ok(opener, request)
+        return is_listening(port, self.address) and _answers_ok(opener, request)
 
     def _write_kubeconfig(self, path: Path, user: str, credentials: dict[str, str]) -> Path:
         cluster = {"server": self.url, "certificate-authority": str(self.ca_file)}

@@ -20,7 +20,7 @@ from botocore.config import Config
 
 from tests.harness.binaries import locate
 from tests.harness.process import Child, environment, is_listening, start_on_free_ports
-from tests.harness.proxy import CountingProxy
+from tests.harness.proxy import LOOPBACK, CountingProxy
 
 READY_TIMEOUT_SECONDS = 60.0
 REQUEST_TIMEOUT_SECONDS = 30.0
@@ -34,11 +34,18 @@ class OriginError(RuntimeError):
 
 
 class _Origin:
-    """A server process in a folder, and the proxy in front of it."""
+    """
+    A server process in a folder, and the proxy in front of it.
+
+    Args:
+        folder: Where its files go; by default a temporary one.
+        listen: The address of this machine that the proxy, but not the server, is reached at.
+    """
 
     prefix: ClassVar[str]
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, *, listen: str = LOOPBACK) -> None:
+        self._listen = listen
         self._owns_folder = folder is None
         self.folder = folder or Path(tempfile.mkdtemp(prefix=f"blobcache-{self.prefix}-"))
         self._child: Child | None = None
@@ -73,7 +80,7 @@ class _Origin:
             self._child, (self._port,) = start_on_free_ports(
                 1, self._run, is_listening, timeout=READY_TIMEOUT_SECONDS
             )
-            self._proxy = CountingProxy(self.direct_url)
+            self._proxy = CountingProxy(self.direct_url, listen=self._listen)
             self._proxy.start()
             self._prepare()
         except BaseException:
@@ -136,8 +143,8 @@ class S3Server(_Origin):
     admin: S3Credentials
     """May do everything; what the methods here use."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path | None = None, *, listen: str = LOOPBACK) -> None:
+        super().__init__(folder, listen=listen)
         self._clients: dict[tuple[str, S3Credentials, str], Any] = {}
 
     def stop(self) -> None:
@@ -239,9 +246,13 @@ class RegistryServer(_Origin):
     prefix = "registry"
 
     def __init__(
-        self, users: Mapping[str, RegistryLogin] | None = None, folder: Path | None = None
+        self,
+        users: Mapping[str, RegistryLogin] | None = None,
+        folder: Path | None = None,
+        *,
+        listen: str = LOOPBACK,
     ) -> None:
-        super().__init__(folder)
+        super().__init__(folder, listen=listen)
         self._users = dict(users or {})
 
     @property

@@ -251,8 +251,8 @@ def start_on_free_ports(
     raise AssertionError("unreachable")
 
 
-def is_listening(port: int) -> bool:
-    """Say whether a connection to a loopback port is accepted."""
+def is_listening(port: int, address: str = "127.0.0.1") -> bool:
+    """Say whether a connection to a port of this machine is accepted."""
     with socket.socket() as probe:
         probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex((address, port)) == 0

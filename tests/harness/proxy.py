@@ -14,6 +14,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
+LOOPBACK = "127.0.0.1"
 PIECE_BYTES = 64 * 1024
 START_TIMEOUT_SECONDS = 10.0
 
@@ -44,17 +45,19 @@ class Exchange:
 
 class CountingProxy:
     """
-    An HTTP/1.1 reverse proxy on a loopback port, in a thread of its own.
+    An HTTP/1.1 reverse proxy on a free port, in a thread of its own.
 
     Method, target, headers (`Host` included, so signatures stay valid), status and body pass
     unchanged; encodings are not touched.
 
     Args:
         upstream: Base URL of the origin, without a path.
+        listen: The address of this machine that clients reach it at.
     """
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, *, listen: str = LOOPBACK) -> None:
         self._upstream = upstream.rstrip("/")
+        self._listen = listen
         self._lock = threading.Lock()
         self._exchanges: dict[int, Exchange] = {}
         self._next_id = 0
@@ -72,7 +75,7 @@ class CountingProxy:
     @property
     def address(self) -> str:
         """The proxy's host and port."""
-        return f"127.0.0.1:{self._port}"
+        return f"{self._listen}:{self._port}"
 
     def start(self) -> None:
         """Listen on a free port."""
@@ -149,7 +152,7 @@ class CountingProxy:
         )
         self._runner = web.ServerRunner(web.Server(self._handle), shutdown_timeout=1.0)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        await web.TCPSite(self._runner, self._listen, 0).start()
         port: int = self._runner.addresses[0][1]
         return port
 
