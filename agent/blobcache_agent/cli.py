@@ -16,6 +16,7 @@ import click
 from blobcache_agent import __version__, parameters
 from blobcache_agent.errors import StartError, UsageError
 from blobcache_agent.logs import LEVELS, configure_logging
+from blobcache_agent.mirror.bindings import Bindings
 from blobcache_agent.settings import (
     ANY_NAMESPACE,
     ListenAddress,
@@ -31,7 +32,7 @@ _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
 SERVE_EPILOG = """\
 \b
-Ports   7080  readers: GET /v1/blobs/{namespace}/{name}/{blob-id}
+Ports   7080  readers: GET /v1/blobs/{namespace}/{name}/{blob-id}; containerd: /v2/
         7081  /healthz /readyz /metrics
         7443  the operator, mutual TLS: /v1/state /v1/report /v1/evictions
 
@@ -53,10 +54,12 @@ put something that checks readers in front.
 """
 
 
-def _option(flag: str, **attributes: Any) -> Callable[[_Decorated], _Decorated]:
+def _option(flag: str, *names: str, **attributes: Any) -> Callable[[_Decorated], _Decorated]:
     """Return a click option with its variable, shown in the help."""
     variable = ENV_PREFIX + flag.removeprefix("--").replace("-", "_").upper()
-    return click.option(flag, envvar=variable, show_envvar=True, show_default=True, **attributes)
+    return click.option(
+        flag, *names, envvar=variable, show_envvar=True, show_default=True, **attributes
+    )
 
 
 def _common(listen_default: str) -> Callable[[_Decorated], _Decorated]:
@@ -103,6 +106,16 @@ def _common(listen_default: str) -> Callable[[_Decorated], _Decorated]:
             type=parameters.namespace,
             help="S3 configurations of this namespace that name no Secret sign with this "
             "machine's own credentials (environment, files, instance metadata). '*' for all.",
+        ),
+        _option(
+            "--containerd-mirror",
+            "mirrored",
+            multiple=True,
+            metavar="HOST[@REGISTRY]=NAMESPACE/NAME",
+            type=parameters.mirror_binding,
+            callback=parameters.mirror_bindings,
+            help="Answer containerd's pulls from registry HOST at /v2/ by this configuration, "
+            "which must name HOST as its registry, or REGISTRY where HOST's images are there.",
         ),
         _option(
             "--log-level",
@@ -208,6 +221,7 @@ def serve(
     allow_localfs: tuple[tuple[str, str], ...],
     allow_ambient_credentials: tuple[str, ...],
     allow_insecure_tls: tuple[str, ...],
+    mirrored: Bindings,
     log_level: str,
     log_format: Literal["auto", "json", "console"],
 ) -> None:
@@ -226,6 +240,7 @@ def serve(
         min_free=min_free or MinFree(),
         connections_max=connections_max,
         allowed_origin_networks=allow_origin_cidr,
+        mirrored=mirrored,
         permissions=Permissions(
             localfs_roots=_group(allow_localfs),
             ambient_namespaces=frozenset(allow_ambient_credentials),
@@ -270,6 +285,7 @@ def standalone(
     allow_localfs: tuple[str, ...],
     allow_ambient_credentials: tuple[str, ...],
     files: tuple[Path, ...],
+    mirrored: Bindings,
     log_level: str,
     log_format: Literal["auto", "json", "console"],
 ) -> None:
@@ -290,6 +306,7 @@ def standalone(
             insecure_tls_namespaces=frozenset({ANY_NAMESPACE}),
         ),
         files=files,
+        mirrored=mirrored,
     )
     configure_logging(log_level, log_format)
     _run(lambda: run_standalone(settings))

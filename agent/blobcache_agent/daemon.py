@@ -32,6 +32,7 @@ from blobcache_agent.health import create_health_app
 from blobcache_agent.listener import RELOAD_SECONDS, Certificates, TLSListener, bind, listen_error
 from blobcache_agent.logs import get_logger
 from blobcache_agent.metrics import AgentCollector, create_registry
+from blobcache_agent.mirror.start import misbindings, start_mirror
 from blobcache_agent.node_state import NodeState
 from blobcache_agent.observer import RequestObserver
 from blobcache_agent.process import Signals, harden, raise_file_limit
@@ -103,6 +104,7 @@ class Agent:
         stack: AsyncExitStack,
     ) -> None:
         self._settings = settings
+        self._policy = policy
         self._auth = auth
         self._stack = stack
         self._cache_root = settings.cache_root.absolute()
@@ -169,6 +171,14 @@ class Agent:
             self._auth,
             RequestObserver(self.registry),
             Limits(connections_max=self._settings.connections_max),
+            await start_mirror(
+                self._settings.mirrored,
+                self.configs,
+                self._policy,
+                self._cache_root,
+                self._stack,
+                self.every,
+            ),
         )
         try:
             host, self._data_port = await server.start(address.host or None, address.port)
@@ -327,7 +337,7 @@ async def _load_and_apply(settings: StandaloneSettings, agent: Agent) -> None:
         UsageError: Something is wrong; nothing was changed.
     """
     wanted = await asyncio.to_thread(load, settings.files, settings.permissions)
-    problems = await agent.configs.check(wanted)
+    problems = [*await agent.configs.check(wanted), *misbindings(settings, wanted)]
     if problems:
         raise UsageError(problems)
     running = await agent.configs.replace(wanted)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from blobcache_agent.mirror.bindings import Binding, Bindings, parse_binding
 from blobcache_agent.settings import ANY_NAMESPACE, ListenAddress, MinFree, Network
 from blobcache_api.quantity import parse_quantity
 
@@ -92,6 +93,24 @@ def namespace_directory(value: str) -> tuple[str, str]:
     if not separator:
         raise click.BadParameter(f"'{value}' must be NAMESPACE=DIR")
     return namespace(left), directory(right)
+
+
+def mirror_binding(value: str) -> Binding:
+    """Read `HOST[@REGISTRY]=NAMESPACE/NAME`."""
+    try:
+        return parse_binding(value)
+    except ValueError as error:
+        raise click.BadParameter(f"'{value}' {error}") from error
+
+
+def mirror_bindings(
+    context: click.Context, parameter: click.Parameter, given: tuple[Binding, ...]
+) -> Bindings:
+    """Join all of them."""
+    try:
+        return Bindings(given)
+    except ValueError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
 
 
 def node_name(value: str) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blobcache_agent.mirror.bindings import Bindings
+
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 ANY_NAMESPACE = "*"
@@ -80,6 +82,8 @@ class AgentSettings:
     min_free: MinFree = field(default_factory=MinFree)
     permissions: Permissions = field(default_factory=Permissions)
     connections_max: int = 4096
+    mirrored: Bindings = field(default_factory=lambda: Bindings(()))
+    """Registry hosts that containerd pulls from through this agent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

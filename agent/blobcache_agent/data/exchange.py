@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from blobcache_agent.data import conditions
+from blobcache_agent.data.answer import DocumentAnswer, Service, document_head
 from blobcache_agent.data.blob_path import parse_blob_path
 from blobcache_agent.data.catalog import Catalog, Observer, ReaderAuth, ResponseRecord
 from blobcache_agent.data.conditions import Verdict
@@ -38,6 +39,8 @@ class Services:
     auth: ReaderAuth
     observer: Observer
     clock: DateClock
+    service: Service | None = None
+    """Answers what is not below `/v1/blobs`, if anybody does."""
 
 
 class Exchange:
@@ -58,6 +61,9 @@ class Exchange:
         self._sent_before_bytes = outlet.sent_bytes
         self._reason = ""
         self._body_bytes = 0
+        self._service: Service | None = None
+        """Set where it answers instead of us."""
+        self._more_headers = ""
         self._aborted = False
         self.keep_alive = False
         self.abort_reason = ""
@@ -108,6 +114,9 @@ class Exchange:
     async def _serve(self, request: Request) -> None:
         """Find the blob, check the reader, send."""
         services = self._services
+        if services.service is not None and services.service.owns(request.path):
+            await self._serve_for(services.service, request)
+            return
         path = parse_blob_path(request.path)
         authorization = request.headers.get(b"authorization")
         services.auth.admit(authorization)
@@ -120,6 +129,43 @@ class Exchange:
                 await self._answer_head(request, cache)
             else:
                 await self._answer_get(request, cache)
+
+    async def _serve_for(self, service: Service, request: Request) -> None:
+        """Send what another service answers; who may read is its business."""
+        self._service = service
+        async with service.answering(request) as answer:
+            self._more_headers = answer.headers
+            if isinstance(answer, DocumentAnswer):
+                self._namespace, self._name = answer.namespace, answer.name
+                self._blob_id = answer.blob_id
+                await self._send_document(request, answer)
+                return
+            self._namespace, self._name = answer.entry.namespace, answer.entry.name
+            self._blob_id = answer.blob_id
+            with answer.entry.open(answer.blob_id) as cache:
+                if request.method == "HEAD":
+                    await self._answer_head(request, cache)
+                else:
+                    await self._answer_get(request, cache)
+
+    async def _send_document(self, request: Request, answer: DocumentAnswer) -> None:
+        """Send a body from memory; a Range is ignored, as section 14.2 permits."""
+        if answer.version is not None and answer.cache_status is not None:
+            verdict = conditions.evaluate(request.headers, answer.version)
+            if verdict is not Verdict.PROCEED:
+                await self._send_verdict(verdict, answer.version, answer.cache_status)
+                return
+            self._cache_status = answer.cache_status.value
+        self._status = 200
+        head = document_head(
+            answer, date=self._services.clock.now(), connection=self._connection_header()
+        )
+        body = b"" if request.method == "HEAD" else answer.body
+        before = self._outlet.sent_bytes
+        try:
+            await self._outlet.send(body, head)
+        finally:
+            self._body_bytes = max(0, self._outlet.sent_bytes - before - len(head))
 
     async def _answer_head(self, request: Request, cache: BlobCache) -> None:
         """HEAD: what a GET without Range would say (RFC 9110 section 14.2)."""
@@ -239,7 +285,10 @@ class Exchange:
         if failure.close:
             self.keep_alive = False
         head, body = error_response(
-            failure, date=self._services.clock.now(), connection=self._connection_header()
+            failure,
+            date=self._services.clock.now(),
+            connection=self._connection_header(),
+            document=None if self._service is None else self._service.error_document(failure),
         )
         self._status = failure.status
         if self._method == "HEAD":
@@ -258,7 +307,7 @@ class Exchange:
             cache_status,
             span,
             date=self._services.clock.now(),
-            connection=self._connection_header(),
+            connection=self._more_headers + self._connection_header(),
         )
 
     def _connection_header(self) -> str:

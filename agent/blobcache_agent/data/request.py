@@ -24,9 +24,9 @@ _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+;=%:\[\]-]*")
 _CONTENT_LENGTH_ZERO = re.compile(rb"0+")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Request:
-    """A well-formed GET or HEAD without a body."""
+    """A well-formed GET or HEAD without a body; does not print itself: it may hold a secret."""
 
     method: str
     path: str

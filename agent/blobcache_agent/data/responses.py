@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from blobcache_agent.data.catalog import Forbidden, NotReady, Unauthenticated, UnknownConfig
@@ -111,15 +112,23 @@ def _unavailable(reason: str, message: str, retry_after_seconds: float | None) -
     return Failure(503, reason, message, f"Retry-After: {whole}\r\n")
 
 
-def error_response(failure: Failure, *, date: str, connection: str) -> tuple[bytes, bytes]:
+def error_response(
+    failure: Failure,
+    *,
+    date: str,
+    connection: str,
+    document: Mapping[str, object] | None = None,
+) -> tuple[bytes, bytes]:
     """Return head and JSON body.
 
     Args:
         failure: What to say.
         date: The Date header.
         connection: A Connection header line with its line end, or "".
+        document: The body, where it has another form than most errors.
     """
-    document = {"code": failure.reason, "message": failure.message[:MESSAGE_CHARS_MAX]}
+    if document is None:
+        document = {"code": failure.reason, "message": failure.message[:MESSAGE_CHARS_MAX]}
     body = json.dumps(document).encode("ascii") + b"\n"
     head = (
         f"HTTP/1.1 {failure.status} {PHRASES[failure.status]}\r\n"

@@ -11,6 +11,7 @@ from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 
 from blobcache_agent.acceptor import Acceptor, listening_socket
+from blobcache_agent.data.answer import Service
 from blobcache_agent.data.catalog import Catalog, Observer, ReaderAuth
 from blobcache_agent.data.connection import SHUTTING_DOWN, Connection
 from blobcache_agent.data.dates import DateClock
@@ -35,10 +36,15 @@ class DataServer:
     """
 
     def __init__(
-        self, catalog: Catalog, auth: ReaderAuth, observer: Observer, limits: Limits
+        self,
+        catalog: Catalog,
+        auth: ReaderAuth,
+        observer: Observer,
+        limits: Limits,
+        service: Service | None = None,
     ) -> None:
         self.limits = limits
-        self.services = Services(catalog, auth, observer, DateClock())
+        self.services = Services(catalog, auth, observer, DateClock(), service)
         self.receive_buffer = memoryview(bytearray(INPUT_BYTES_PER_RECEIVE))
         self.scratch = memoryview(bytearray(BLOCK_BYTES))
         self.threads = ThreadPoolExecutor(limits.file_threads, thread_name_prefix="data-read")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from dataclasses import dataclass
 from typing import Final
 
 from blobcache_storage.errors import InvalidBlobId
@@ -90,3 +91,45 @@ def split_repository_id(blob_id: str) -> tuple[str, str]:
     if not slash or not is_repository(repository) or not _DIGEST.fullmatch(digest):
         raise InvalidBlobId("a blob id must be '<repository>/sha256:<64 hex digits>' here")
     return repository, digest
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryId:
+    """What a registry's blob id names: a blob or a manifest, by digest."""
+
+    repository: str
+    """"" where the id names none: the configuration does."""
+    digest: str
+    is_manifest: bool
+
+    def __str__(self) -> str:
+        """Return the id's canonical form."""
+        if self.is_manifest:
+            return f"{self.repository}@{self.digest}"
+        return f"{self.repository}/{self.digest}" if self.repository else self.digest
+
+
+def parse_registry_id(blob_id: str, repository: str) -> RegistryId:
+    """Read a registry's blob id.
+
+    A manifest is `<repository>@sha256:<hex>`, as image references have it: no repository's name
+    has an `@`, so it is never taken for a blob. A blob is `<repository>/sha256:<hex>`, or a digest
+    alone where the configuration names the repository.
+
+    Args:
+        repository: The only one there is; "" where ids name theirs.
+
+    Raises:
+        InvalidBlobId: It has none of these forms, or names another repository.
+    """
+    name, at, digest = blob_id.rpartition("@")
+    if at:
+        is_sound = is_repository(name) and _DIGEST.fullmatch(digest)
+        if not is_sound or (repository and name != repository):
+            raise InvalidBlobId(
+                "a manifest's id must be '<repository>@sha256:<64 hex digits>' here"
+            )
+        return RegistryId(name, digest, is_manifest=True)
+    if repository:
+        return RegistryId("", canonical_digest(blob_id), is_manifest=False)
+    return RegistryId(*split_repository_id(blob_id), is_manifest=False)

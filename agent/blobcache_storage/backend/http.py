@@ -124,6 +124,10 @@ class HTTPBackend(BlobBackend):
     def _url(self, blob_id: str) -> URL:
         """Return where a blob is, percent-encoded, for a canonical id."""
 
+    def _headers(self, blob_id: str) -> dict[str, str]:
+        """Return what every request for a blob says besides range and version."""
+        return {}
+
     async def _authorize(
         self, blob_id: str, method: str, url: URL, headers: CIMultiDict[str]
     ) -> None:
@@ -219,7 +223,7 @@ class HTTPBackend(BlobBackend):
         self, blob_id: str, request: RangeRequest, expect: BlobVersion | None
     ) -> aiohttp.ClientResponse:
         """Return a 200 or 206, its body unread."""
-        headers = {}
+        headers = self._headers(blob_id)
         wanted = range_header(request)
         if wanted is not None:
             headers["Range"] = wanted
@@ -333,7 +337,7 @@ class HTTPBackend(BlobBackend):
             self._manners.slots.release(RequestSource.ON_DEMAND)
 
     async def _head(self, blob_id: str) -> BlobVersion:
-        response = await self._answer("HEAD", blob_id, {})
+        response = await self._answer("HEAD", blob_id, self._headers(blob_id))
         if response.status != 200:
             await self._fail(blob_id, response)
         response.close()

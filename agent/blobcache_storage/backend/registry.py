@@ -1,6 +1,6 @@
-"""An OCI registry: blobs named by their digest, behind the registry's tokens and redirects.
+"""An OCI registry: blobs and manifests named by their digest, behind its tokens and redirects.
 
-Reference: OCI distribution-spec, "Pulling blobs".
+Reference: OCI distribution-spec, "Pulling blobs", "Pulling manifests".
 """
 
 from __future__ import annotations
@@ -14,11 +14,7 @@ from multidict import CIMultiDict
 from typing_extensions import override
 from yarl import URL
 
-from blobcache_storage.backend.blob_id import (
-    canonical_digest,
-    is_repository,
-    split_repository_id,
-)
+from blobcache_storage.backend.blob_id import RegistryId, is_repository, parse_registry_id
 from blobcache_storage.backend.connector import AddressPolicy
 from blobcache_storage.backend.endpoint import parse_endpoint
 from blobcache_storage.backend.exchange import origin_of
@@ -26,7 +22,7 @@ from blobcache_storage.backend.headers import Headers
 from blobcache_storage.backend.http import HTTPBackend
 from blobcache_storage.backend.manners import Manners
 from blobcache_storage.backend.registry_token import TokenSource
-from blobcache_storage.config import BackendConfig
+from blobcache_storage.config import BackendConfig, RegistryConfig
 from blobcache_storage.device import BlobVersion, Validator
 from blobcache_storage.errors import ConfigError, OriginProtocolError
 
@@ -34,10 +30,42 @@ SHORTCUT_SECONDS: Final = 60.0
 """How long a redirect is followed without asking the registry: below the life of any signed URL,
 and a credential taken away ends within the minute."""
 SHORTCUTS_MAX: Final = 256
+MANIFEST_BYTES_MAX: Final = 4 * 1024 * 1024
+"""A registry need not take larger ones (OCI distribution-spec, "Pushing manifests")."""
+MANIFEST_TYPES: Final = (
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+    "application/vnd.docker.distribution.manifest.v1+prettyjws",
+    "application/vnd.docker.distribution.manifest.v1+json",
+)
+MANIFEST_ACCEPT: Final = ", ".join((*MANIFEST_TYPES, "*/*"))
+"""All kinds: a registry asked for one kind may convert, and the digest would not fit."""
+
+
+def registry_origin(config: RegistryConfig) -> URL:
+    """Return scheme, host and port of a registry.
+
+    Raises:
+        ConfigError: The scheme or the host is none.
+    """
+    if config.scheme not in ("http", "https"):
+        raise ConfigError("`registry.scheme` must be 'https' or 'http'")
+    origin = parse_endpoint(f"{config.scheme}://{config.host}", "registry.host")
+    if origin.raw_path not in ("", "/"):
+        raise ConfigError("`registry.host` must be a name and a port at most")
+    return origin
+
+
+def resource_url(origin: URL, repository: str, kind: str, reference: str) -> URL:
+    """Return where a checked repository's blob or manifest is (`kind` as the path has it)."""
+    base = str(origin).rstrip("/")
+    return URL(f"{base}/v2/{repository}/{kind}/{reference}", encoded=True)
 
 
 class RegistryBackend(HTTPBackend):
-    """Blobs of one repository, or of any where the configuration names none."""
+    """Blobs and manifests of one repository, or of any where the configuration names none."""
 
     def __init__(
         self, config: BackendConfig, *, policy: AddressPolicy, manners: Manners | None = None
@@ -45,44 +73,42 @@ class RegistryBackend(HTTPBackend):
         super().__init__(config, policy=policy, manners=manners)
         section = config.registry
         assert section is not None
-        if section.scheme not in ("http", "https"):
-            raise ConfigError("`registry.scheme` must be 'https' or 'http'")
+        self._origin = registry_origin(section)
         if section.repository and not is_repository(section.repository):
             raise ConfigError("`registry.repository` must be a repository's name")
         self._repository = section.repository
-        self._origin = parse_endpoint(f"{section.scheme}://{section.host}", "registry.host")
-        if self._origin.raw_path not in ("", "/"):
-            raise ConfigError("`registry.host` must be a name and a port at most")
         self._tokens = TokenSource(self._exchange, self._origin, config.credentials)
         self._shortcuts: OrderedDict[str, tuple[URL, float]] = OrderedDict()
 
     @override
     def check_blob_id(self, blob_id: str) -> str:
-        if self._repository:
-            return canonical_digest(blob_id)
-        repository, digest = split_repository_id(blob_id)
-        return f"{repository}/{digest}"
+        return str(parse_registry_id(blob_id, self._repository))
 
-    def _split(self, blob_id: str) -> tuple[str, str]:
-        if self._repository:
-            return self._repository, canonical_digest(blob_id)
-        return split_repository_id(blob_id)
+    def _parse(self, blob_id: str) -> RegistryId:
+        return parse_registry_id(blob_id, self._repository)
+
+    def _repository_of(self, blob_id: str) -> str:
+        return self._repository or self._parse(blob_id).repository
 
     @override
     def digest_of(self, blob_id: str) -> str | None:
-        return self._split(self.check_blob_id(blob_id))[1]
+        return self._parse(blob_id).digest
 
     @override
     def _url(self, blob_id: str) -> URL:
-        repository, digest = self._split(blob_id)
-        base = str(self._origin).rstrip("/")
-        return URL(f"{base}/v2/{repository}/blobs/{digest}", encoded=True)
+        wanted = self._parse(blob_id)
+        kind = "manifests" if wanted.is_manifest else "blobs"
+        return resource_url(self._origin, self._repository_of(blob_id), kind, wanted.digest)
+
+    @override
+    def _headers(self, blob_id: str) -> dict[str, str]:
+        return {"Accept": MANIFEST_ACCEPT} if self._parse(blob_id).is_manifest else {}
 
     @override
     async def _authorize(
         self, blob_id: str, method: str, url: URL, headers: CIMultiDict[str]
     ) -> None:
-        authorization = await self._tokens.authorization(self._split(blob_id)[0])
+        authorization = await self._tokens.authorization(self._repository_of(blob_id))
         if authorization is not None:
             headers["Authorization"] = authorization
 
@@ -92,7 +118,7 @@ class RegistryBackend(HTTPBackend):
         if response.status != 401 or origin_of(response.url) != origin_of(self._origin):
             return False
         sent = response.request_info.headers.get("Authorization")
-        return await self._tokens.challenged(self._split(blob_id)[0], response, sent)
+        return await self._tokens.challenged(self._repository_of(blob_id), response, sent)
 
     @override
     def _shortcut(self, method: str, blob_id: str) -> URL | None:
@@ -115,10 +141,13 @@ class RegistryBackend(HTTPBackend):
 
     @override
     def _version(self, blob_id: str, headers: Headers, size_bytes: int) -> BlobVersion:
-        digest = self._split(blob_id)[1]
+        wanted = self._parse(blob_id)
+        digest = wanted.digest
         said = headers.get("Docker-Content-Digest", "")
         if said.startswith("sha256:") and said != digest:
             raise OriginProtocolError(f"the registry answered for another digest than '{digest}'")
+        if wanted.is_manifest and size_bytes > MANIFEST_BYTES_MAX:
+            raise OriginProtocolError(f"a manifest must have at most {MANIFEST_BYTES_MAX} bytes")
         return BlobVersion(
             size_bytes, Validator.DIGEST, digest, f'"{digest}"', headers.get("Last-Modified")
         )
