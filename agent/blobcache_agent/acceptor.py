@@ -60,7 +60,7 @@ class Acceptor:
         self,
         sock: socket.socket,
         take: Callable[[socket.socket], None],
-        on_shortage: Callable[[], None],
+        on_shortage: Callable[[], None] = lambda: None,
     ) -> None:
         self._sock = sock
         self._take = take

@@ -27,12 +27,19 @@ from blobcache_agent.data.catalog import ReaderAuth
 from blobcache_agent.data.limits import Limits
 from blobcache_agent.data.server import DataServer
 from blobcache_agent.data.tokens import AllowAll, TokenAuth
+from blobcache_agent.descriptors import Shares
 from blobcache_agent.errors import StartError, UsageError
 from blobcache_agent.health import create_health_app
-from blobcache_agent.listener import RELOAD_SECONDS, Certificates, TLSListener, bind, listen_error
+from blobcache_agent.listener import (
+    RELOAD_SECONDS,
+    Certificates,
+    PlainListener,
+    TLSListener,
+    bind,
+    listen_error,
+)
 from blobcache_agent.logs import get_logger
 from blobcache_agent.metrics import AgentCollector, create_registry
-from blobcache_agent.mirror.start import misbindings, start_mirror
 from blobcache_agent.node_state import NodeState
 from blobcache_agent.observer import RequestObserver
 from blobcache_agent.process import Signals, harden, raise_file_limit
@@ -104,11 +111,13 @@ class Agent:
         stack: AsyncExitStack,
     ) -> None:
         self._settings = settings
-        self._policy = policy
         self._auth = auth
         self._stack = stack
         self._cache_root = settings.cache_root.absolute()
-        self._runtime = StorageRuntime()
+        self._shares = _shares(settings)
+        self._runtime = StorageRuntime(
+            open_files_max=self._shares.open_blobs, open_files_busy_max=self._shares.busy_blobs
+        )
         self._factory = BlobFactory(self._runtime, _environment(settings, policy))
         self._data_port = 0
         self._server: DataServer | None = None
@@ -124,7 +133,6 @@ class Agent:
         Raises:
             StartError: The cache root cannot be used.
         """
-        raise_file_limit()
         self._stack.push_async_callback(self._runtime.close)
         self._stack.push_async_callback(self._factory.close)
         settings = self._settings
@@ -160,7 +168,10 @@ class Agent:
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
         sock = bind(address, "--health-listen")
-        await web.SockSite(runner, sock).start()
+        assert runner.server is not None, "set up above"
+        listener = PlainListener(sock, runner.server)
+        listener.start()
+        self._stack.push_async_callback(listener.stop)
         log.info("Listens for health and metrics", port=sock.getsockname()[1])
 
     async def start_data(self) -> None:
@@ -170,14 +181,9 @@ class Agent:
             self.configs,
             self._auth,
             RequestObserver(self.registry),
-            Limits(connections_max=self._settings.connections_max),
-            await start_mirror(
-                self._settings.mirrored,
-                self.configs,
-                self._policy,
-                self._cache_root,
-                self._stack,
-                self.every,
+            Limits(
+                connections_max=self._shares.readers,
+                connections_refusing_max=self._shares.refusals,
             ),
         )
         try:
@@ -337,7 +343,7 @@ async def _load_and_apply(settings: StandaloneSettings, agent: Agent) -> None:
         UsageError: Something is wrong; nothing was changed.
     """
     wanted = await asyncio.to_thread(load, settings.files, settings.permissions)
-    problems = [*await agent.configs.check(wanted), *misbindings(settings, wanted)]
+    problems = await agent.configs.check(wanted)
     if problems:
         raise UsageError(problems)
     running = await agent.configs.replace(wanted)
@@ -361,6 +367,23 @@ def _environment(settings: AgentSettings, policy: AddressPolicy) -> BackendEnvir
         allow_ambient=bool(permissions.ambient_namespaces),
         permit_insecure=bool(permissions.insecure_tls_namespaces),
     )
+
+
+def _shares(settings: AgentSettings) -> Shares:
+    """Return who may have how many descriptors, all taken that the administrator grants."""
+    limit = raise_file_limit()
+    shares = Shares.of(
+        limit,
+        connections_max=settings.connections_max,
+        refusing_max=Limits().connections_refusing_max,
+    )
+    if shares.readers < settings.connections_max:
+        log.warning(
+            "Serves fewer readers at a time than --connections-max: the limit of open files is low",
+            readers=shares.readers,
+            open_files=limit,
+        )
+    return shares
 
 
 def _filesystem_bytes(path: Path) -> int:

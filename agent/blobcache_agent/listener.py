@@ -1,9 +1,9 @@
-"""The mutual-TLS listener of the control API.
+"""The listeners of the control API, by mutual TLS, and of health and metrics.
 
-It accepts by itself, rather than through asyncio's server, for three reasons: each connection
-takes the certificates that are in force when it comes, so that a rotation drops nobody;
-handshakes under way and connections are bounded; and a client that never finishes its handshake
-is dropped in seconds.
+They accept by themselves, rather than through asyncio's server: connections are bounded so that
+a crowd keeps neither the operator nor a probe out, and a shortage of descriptors is survived.
+Those of the control API take the certificates in force when they come, so that a rotation drops
+nobody, and have seconds for their handshake.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 
+from aiohttp import web
+
+from blobcache_agent.acceptor import Acceptor, listening_socket
 from blobcache_agent.errors import StartError
 from blobcache_agent.logs import get_logger
 from blobcache_agent.settings import ListenAddress
@@ -23,11 +26,12 @@ from blobcache_agent.settings import ListenAddress
 HANDSHAKES_MAX = 32
 CONNECTIONS_MAX = 64
 """The operator and its successor need two or three."""
+HEALTH_CONNECTIONS_MAX = 64
+"""A kubelet and a Prometheus need two or three."""
 HANDSHAKE_TIMEOUT_SECONDS = 10.0
 RELOAD_SECONDS = 2.0
 """How often the certificate files should be looked at."""
 BACKLOG = 128
-_ACCEPT_PAUSE_SECONDS = 0.5
 _FILES = ("ca.crt", "tls.crt", "tls.key")
 
 log = get_logger(__name__)
@@ -110,19 +114,9 @@ def bind(address: ListenAddress, flag: str) -> socket.socket:
         StartError: The address cannot be had; the message names the flag.
     """
     try:
-        if not address.host and socket.has_dualstack_ipv6():
-            sock = socket.create_server(
-                ("", address.port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG
-            )
-        else:
-            family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-            sock = socket.create_server(
-                (address.host, address.port), family=family, backlog=BACKLOG
-            )
+        return listening_socket(address.host, address.port, BACKLOG)
     except OSError as error:
         raise listen_error(address, flag, error) from error
-    sock.setblocking(False)
-    return sock
 
 
 def listen_error(address: ListenAddress, flag: str, error: OSError) -> StartError:
@@ -155,47 +149,37 @@ class TLSListener:
         protocol_factory: Callable[[], asyncio.Protocol],
         connection_count: Callable[[], int],
     ) -> None:
-        self._sock = sock
         self._certificates = certificates
         self._protocol_factory = protocol_factory
         self._connection_count = connection_count
-        self._handshakes: set[asyncio.Task[None]] = set()
-        self._accepting: asyncio.Task[None] | None = None
+        self._handshakes: dict[asyncio.Task[None], None] = {}
+        """In the order of their beginning."""
+        self._acceptor = Acceptor(sock, self._take)
 
     def start(self) -> None:
         """Begin to accept."""
-        self._accepting = asyncio.create_task(self._accept(), name="control-accept")
+        self._acceptor.start()
 
     async def stop(self) -> None:
         """Accept no more and end handshakes under way; connections go on."""
+        self._acceptor.stop()
         tasks = list(self._handshakes)
-        if self._accepting is not None:
-            tasks.append(self._accepting)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._sock.close()
 
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, _ = await loop.sock_accept(self._sock)
-            except OSError as error:
-                if error.errno != errno.ECONNABORTED:
-                    # Descriptors or memory ran out: waiting helps, ending would not.
-                    log.warning("Control connections could not be accepted", error=str(error))
-                    await asyncio.sleep(_ACCEPT_PAUSE_SECONDS)
-                continue
-            if (
-                len(self._handshakes) >= HANDSHAKES_MAX
-                or len(self._handshakes) + self._connection_count() >= CONNECTIONS_MAX
-            ):
-                connection.close()
-                continue
-            task = asyncio.create_task(self._handshake(connection), name="control-handshake")
-            self._handshakes.add(task)
-            task.add_done_callback(self._handshakes.discard)
+    def _take(self, connection: socket.socket) -> None:
+        if self._connection_count() >= CONNECTIONS_MAX:
+            connection.close()
+            return
+        if len(self._handshakes) >= HANDSHAKES_MAX:
+            # Who says nothing must not keep the operator out, who is done in milliseconds.
+            oldest = next(iter(self._handshakes))
+            del self._handshakes[oldest]
+            oldest.cancel()
+        task = asyncio.create_task(self._handshake(connection), name="control-handshake")
+        self._handshakes[task] = None
+        task.add_done_callback(lambda done: self._handshakes.pop(done, None))
 
     async def _handshake(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -213,3 +197,44 @@ class TLSListener:
         except BaseException:
             connection.close()
             raise
+
+
+class PlainListener:
+    """Accepts connections for an HTTP server that whoever reaches the port may ask.
+
+    Args:
+        sock: Listening and non-blocking; closed by `stop`.
+        server: Of aiohttp.
+    """
+
+    def __init__(self, sock: socket.socket, server: web.Server) -> None:
+        self._server = server
+        self._opening: set[asyncio.Task[None]] = set()
+        self._acceptor = Acceptor(sock, self._take)
+
+    def start(self) -> None:
+        """Begin to accept."""
+        self._acceptor.start()
+
+    async def stop(self) -> None:
+        """Accept no more; connections go on."""
+        self._acceptor.stop()
+        await asyncio.gather(*self._opening)
+
+    def _take(self, connection: socket.socket) -> None:
+        known = self._server.connections
+        if len(known) + len(self._opening) >= HEALTH_CONNECTIONS_MAX:
+            if not known:
+                connection.close()
+                return
+            # A probe is answered at once; who is here for longest is not one.
+            known[0].force_close()
+        task = asyncio.create_task(self._open(connection), name="health-open")
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
+
+    async def _open(self, connection: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(self._server, connection)
+        except OSError:
+            connection.close()

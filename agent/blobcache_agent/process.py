@@ -7,6 +7,7 @@ import ctypes
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable
 
 from blobcache_agent.logs import get_logger
@@ -26,10 +27,11 @@ def harden() -> None:
         log.warning("Could not forbid memory dumps", error=os.strerror(ctypes.get_errno()))
 
 
-def raise_file_limit() -> None:
-    """Take all file descriptors the administrator grants; each reader and open blob needs some."""
+def raise_file_limit() -> int:
+    """Take all file descriptors the administrator grants and return how many these are."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard if hard != resource.RLIM_INFINITY else sys.maxsize
 
 
 class Signals:

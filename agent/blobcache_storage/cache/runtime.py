@@ -64,8 +64,11 @@ class OpenFiles:
     What is in use is never closed, so the bounds may be passed by what is being read.
     """
 
-    def __init__(self, files_max: int, map_bytes_max: int) -> None:
+    def __init__(
+        self, files_max: int, map_bytes_max: int, busy_max: int = OPEN_FILES_BUSY_MAX
+    ) -> None:
         self._files_max = files_max
+        self._busy_max = busy_max
         self._map_bytes_max = map_bytes_max
         self._map_bytes = 0
         self._open: OrderedDict[Openable, int] = OrderedDict()
@@ -75,8 +78,10 @@ class OpenFiles:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether so many are busy that no new blob should be begun."""
-        return len(self._open) >= OPEN_FILES_BUSY_MAX
+        """Whether so many are busy that no other blob should be opened."""
+        if len(self._open) >= self._busy_max:
+            self._shrink(keep=None)  # those that were busy may be idle by now
+        return len(self._open) >= self._busy_max
 
     def touch(self, opened: Openable) -> None:
         """Note a use; closes others that are idle where a bound is passed."""
@@ -92,7 +97,7 @@ class OpenFiles:
     def _is_over(self) -> bool:
         return len(self._open) > self._files_max or self._map_bytes > self._map_bytes_max
 
-    def _shrink(self, keep: Openable) -> None:
+    def _shrink(self, keep: Openable | None) -> None:
         for candidate in list(self._open):
             if not self._is_over:
                 return
@@ -114,6 +119,7 @@ class StorageRuntime:
         chunk_size_bytes_max: Largest chunk size in use; the pool holds at least 8 such chunks.
         buffer_bytes: Memory for chunks on their way.
         open_files_max: Blob versions kept open when idle.
+        open_files_busy_max: Blob versions open at all; others are relayed meanwhile.
     """
 
     def __init__(
@@ -124,6 +130,7 @@ class StorageRuntime:
         chunk_size_bytes_max: int = 0,
         buffer_bytes: int = BUFFER_BYTES,
         open_files_max: int = OPEN_FILES_MAX,
+        open_files_busy_max: int = OPEN_FILES_BUSY_MAX,
     ) -> None:
         self.disk = disk or Disk()
         self.clock: Clock = clock or SystemClock()
@@ -136,7 +143,7 @@ class StorageRuntime:
             max(buffer_bytes, BUFFER_CHUNKS_MIN * chunk_size_bytes_max), BUFFER_WAITERS_MAX
         )
         self.sync_slots = asyncio.Semaphore(SYNCS_AT_ONCE_MAX)
-        self.open_files = OpenFiles(open_files_max, OPEN_MAP_BYTES_MAX)
+        self.open_files = OpenFiles(open_files_max, OPEN_MAP_BYTES_MAX, open_files_busy_max)
 
     def ensure_buffers(self, chunk_size_bytes: int) -> None:
         """Let the pool hold at least 8 chunks of this size."""

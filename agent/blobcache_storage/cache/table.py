@@ -67,7 +67,7 @@ class BlobTable:
         What is not there, or is not what it should be, is discarded.
 
         Raises:
-            CacheBusy: Its files cannot be opened now; they are kept.
+            CacheBusy: Its files cannot be opened now, or too many are open; they are kept.
         """
         while True:
             generation = self.current(blob_id)
@@ -78,6 +78,8 @@ class BlobTable:
                 return None
             loading = self._loading.get(blob_id)
             if loading is None:
+                if self._runtime.open_files.is_exhausted:
+                    raise CacheBusy("too many cached blobs are being read")
                 loading = self._loading[blob_id] = self.spawn(self._load(entry))
             # Not cancelled with those who wait: a thread opens descriptors meanwhile.
             await asyncio.wait([loading])

@@ -15,11 +15,20 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from prometheus_client import CollectorRegistry
 from tests.unit.agent.certificates import AGENT, Authority, Leaf, client_context, write_tls_dir
 
 from blobcache_agent.control import create_control_app
 from blobcache_agent.errors import ControlRefused, StalePush, StartError
-from blobcache_agent.listener import Certificates, TLSListener, bind
+from blobcache_agent.health import create_health_app
+from blobcache_agent.listener import (
+    HANDSHAKES_MAX,
+    HEALTH_CONNECTIONS_MAX,
+    Certificates,
+    PlainListener,
+    TLSListener,
+    bind,
+)
 from blobcache_agent.settings import ListenAddress
 from blobcache_api.agent import (
     ApplyResult,
@@ -309,20 +318,49 @@ async def test_rotation_drops_nobody(control: Control) -> None:
 
 
 async def test_silent_connections_do_not_block_others(control: Control) -> None:
-    """Handshakes that never end take slots up to a bound; beyond it they are closed at once."""
-    silent = [await asyncio.open_connection("127.0.0.1", control.port) for _ in range(20)]
-    assert (await control.ask("GET", "/v1/report"))[0] == 200
-    more = [await asyncio.open_connection("127.0.0.1", control.port) for _ in range(40)]
-    closed = 0
-    for reader, _ in more:
-        try:
-            async with asyncio.timeout(0.2):
-                closed += await reader.read(1) == b""
-        except (TimeoutError, ConnectionError):
-            continue
-    assert closed >= 20
-    for _, writer in [*silent, *more]:
-        writer.close()
+    """Handshakes that never end take places up to a bound; then the oldest yields to the next."""
+    silent = [
+        await asyncio.open_connection("127.0.0.1", control.port) for _ in range(HANDSHAKES_MAX + 20)
+    ]
+    try:
+        for reader, _ in silent[:20]:
+            async with asyncio.timeout(30):
+                assert await reader.read(1) == b""
+        assert (await control.ask("GET", "/v1/report"))[0] == 200
+        assert not silent[-1][0].at_eof()
+    finally:
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_held_connections_keep_no_probe_out() -> None:
+    """At the bound of the health port the oldest connection yields to the next."""
+    runner = web.AppRunner(create_health_app(lambda: "", CollectorRegistry()))
+    await runner.setup()
+    server = runner.server
+    assert server is not None
+    sock = bind(ListenAddress("127.0.0.1", 0), "--health-listen")
+    port = sock.getsockname()[1]
+    listener = PlainListener(sock, server)
+    listener.start()
+    held = [
+        await asyncio.open_connection("127.0.0.1", port) for _ in range(HEALTH_CONNECTIONS_MAX + 20)
+    ]
+    try:
+        for reader, _ in held[:20]:
+            async with asyncio.timeout(30):
+                assert await reader.read(1) == b""
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"http://127.0.0.1:{port}/readyz") as answer,
+        ):
+            assert answer.status == 200
+        assert len(server.connections) <= HEALTH_CONNECTIONS_MAX
+    finally:
+        for _, writer in held:
+            writer.close()
+        await listener.stop()
+        await runner.cleanup()
 
 
 def test_unusable_certificates_stop_the_start(folder: Path) -> None:

@@ -12,6 +12,7 @@ from tests.unit.cache.rig import CHUNK, Rig
 
 from blobcache_storage.cache.base import CacheStatus
 from blobcache_storage.cache.pools import BufferPool, Throttle, WorkerPool
+from blobcache_storage.cache.runtime import OpenFiles
 from blobcache_storage.cache.scrub import Scrubber
 from blobcache_storage.device import BlobInfo, RangeRequest
 from blobcache_storage.errors import CacheBusy
@@ -159,3 +160,32 @@ async def test_a_read_closed_in_mid_piece_returns_its_memory(rig: Rig) -> None:
         await read.aclose()
     await rig.durable()
     await until(lambda: rig.runtime.buffers.used_bytes == 0)
+
+
+class _Opened:
+    """An open blob that is busy or idle."""
+
+    def __init__(self, files: OpenFiles) -> None:
+        self._files = files
+        self.is_busy = True
+        self.map_bytes = 10
+
+    def close_if_idle(self) -> bool:
+        """Close unless busy."""
+        if not self.is_busy:
+            self._files.forget(self)
+        return not self.is_busy
+
+
+def test_who_was_busy_and_is_idle_makes_room() -> None:
+    """Where as many are open as may be, those that became idle are closed when another comes."""
+    files = OpenFiles(2, 1000, busy_max=4)
+    opened = [_Opened(files) for _ in range(4)]
+    for one in opened:
+        files.touch(one)
+    assert files.is_exhausted
+    assert len(files) == 4
+    for one in opened:
+        one.is_busy = False
+    assert not files.is_exhausted
+    assert len(files) == 2
