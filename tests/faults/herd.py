@@ -41,7 +41,8 @@ from tests.faults.loop_volume import die_with_parent
 from tests.faults.world import configuration
 
 MIB = 1024 * 1024
-PIECE_BYTES = 256 * 1024
+PIECE_BYTES = 64 * 1024
+"""As an origin over HTTP hands it over."""
 SAMPLE_BYTES = 32
 WINDOW_BYTES = 8 * MIB
 BLOB_ID = "huge"

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from crc32c import crc32c
 
 from blobcache_storage.backend.base import BlobBackend, FetchStream
-from blobcache_storage.cache.generation import ChunkBuffer, ChunkState, Generation
+from blobcache_storage.cache.chunk_memory import ChunkBuffer
+from blobcache_storage.cache.generation import ChunkState, Generation
 from blobcache_storage.cache.pace import OriginPace
 from blobcache_storage.cache.pools import BufferPool, Throttle
 from blobcache_storage.device import BlobVersion, RangeRequest, RequestSource
@@ -384,7 +385,16 @@ class Fetch:
 
     async def _consume(self, at: _Assembly, stream: FetchStream) -> None:
         loop, counters = asyncio.get_running_loop(), self._origin.counters
-        async for piece in stream:
+        size = self._generation.chunk_size_bytes
+        pieces = aiter(stream)
+        while True:
+            # Memory first: a piece that waits for memory is memory too, and not the pool's.
+            if self._is_next(at) and at.buffer is None:
+                at.buffer = await self._new_buffer(at.position // size)
+            try:
+                piece = await anext(pieces)
+            except StopAsyncIteration:
+                return
             counters.origin_bytes += len(piece)
             self._last_progress = loop.time()
             if self._throttle is not None and not self._lifted.is_set():
@@ -407,11 +417,11 @@ class Fetch:
                 raise OriginProtocolError("the origin's answer is longer than the blob")
             length = generation.chunk_length(index)
             count = min(len(piece), length - inside)
-            if index in self._left and at.filled == inside:
+            if self._is_next(at):
                 if at.buffer is None:
-                    at.buffer = await self._new_buffer(length)
+                    at.buffer = await self._new_buffer(index)
                 part = piece[:count]
-                at.buffer.data[inside : inside + count] = part
+                memoryview(at.buffer.data)[inside : inside + count] = part
                 at.crc = crc32c(part, at.crc)
                 at.filled += count
                 if at.filled == length:
@@ -421,14 +431,20 @@ class Fetch:
             at.position += count
             piece = piece[count:]
 
-    async def _new_buffer(self, length: int) -> ChunkBuffer:
+    def _is_next(self, at: _Assembly) -> bool:
+        """Whether the request's next byte is the next of a chunk that is wanted."""
+        index, inside = divmod(at.position, self._generation.chunk_size_bytes)
+        return index in self._left and at.filled == inside
+
+    async def _new_buffer(self, index: int) -> ChunkBuffer:
+        length = self._generation.chunk_length(index)
         self._held += 1
         try:
             await self._origin.buffers.acquire(length)
         finally:
             self._held -= 1
         self._last_progress = asyncio.get_running_loop().time()
-        return ChunkBuffer(self._origin.buffers, length)
+        return ChunkBuffer(self._origin.buffers, bytearray(length))
 
     def _publish(self, index: int, at: _Assembly) -> None:
         buffer, crc = at.buffer, at.crc

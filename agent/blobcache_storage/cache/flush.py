@@ -163,8 +163,9 @@ class Writer:
         size = generation.chunk_size_bytes
         batch = list(self._pending)[: max(1, WRITE_BATCH_BYTES // size)]
         erase, self._erase = self._erase, {}
+        unwritten = generation.memory.unwritten
         jobs = [
-            (first * size, [generation.memory[index].data for index in range(first, end)])
+            (first * size, [unwritten[index].data for index in range(first, end)])
             for first, end in runs(batch)
         ]
         await self._runtime.flusher.run(lambda: self._write_blocking(list(erase), jobs))
@@ -176,7 +177,7 @@ class Writer:
         self._unsynced.update(dict.fromkeys(written))
 
     def _write_blocking(
-        self, erase: Sequence[int], jobs: list[tuple[int, list[bytearray]]]
+        self, erase: Sequence[int], jobs: list[tuple[int, list[bytes | bytearray]]]
     ) -> None:
         generation, disk = self._generation, self._runtime.disk
         generation.files.create()

@@ -30,10 +30,10 @@ from blobcache_storage.cache.chunk_map import (
     seal_slot,
     slot_crc,
 )
+from blobcache_storage.cache.chunk_memory import ChunkBuffer, ChunkMemory
 from blobcache_storage.cache.files import BlobFiles, FoundRecords
 from blobcache_storage.cache.flush import Writer, runs
 from blobcache_storage.cache.index import CatalogEntry
-from blobcache_storage.cache.pools import BufferPool
 from blobcache_storage.cache.runtime import StorageRuntime
 from blobcache_storage.cache.shared import Changes
 from blobcache_storage.device import ByteRange
@@ -60,30 +60,6 @@ _FETCHING = int(ChunkState.FETCHING)
 _BUFFERED = int(ChunkState.BUFFERED)
 _DURABLE = int(ChunkState.DURABLE)
 _VERIFIED = int(ChunkState.VERIFIED)
-
-
-class ChunkBuffer:
-    """A chunk's bytes in pool memory, shared by the writer and readers, freed by the last."""
-
-    __slots__ = ("_pool", "_references", "data")
-
-    def __init__(self, pool: BufferPool, length: int) -> None:
-        """Take over `length` bytes that were acquired from the pool."""
-        self._pool = pool
-        self._references = 1
-        self.data = bytearray(length)
-
-    def retain(self) -> None:
-        """Add a holder."""
-        assert self._references > 0, "a freed buffer was used"
-        self._references += 1
-
-    def release(self) -> None:
-        """Drop a holder; the last one gives the memory back."""
-        self._references -= 1
-        assert self._references >= 0, "a buffer was released twice"
-        if not self._references:
-            self._pool.release(len(self.data))
 
 
 class ChunkSource(Protocol):
@@ -122,7 +98,7 @@ class Generation:
         self.chunk_count = self.header.chunk_count
         self.states = bytearray(self.chunk_count)
         self.slots: array[int] = array("Q", bytes(8 * self.chunk_count))
-        self.memory: dict[int, ChunkBuffer] = {}
+        self.memory = ChunkMemory(self._load_chunk)
         self.fetches: dict[int, ChunkSource] = {}
         self.readers = 0
         self.files = BlobFiles(folder, entry.stem, self.header, runtime.disk)
@@ -249,7 +225,7 @@ class Generation:
         del self.fetches[index]
         self.states[index] = _BUFFERED
         self.slots[index] = seal_slot(self.header.generation, index, crc)
-        self.memory[index] = buffer
+        self.memory.add(index, buffer)
         self.writer.add(index)
         self.changes.note()
         return True
@@ -257,21 +233,17 @@ class Generation:
     # -- called by the writer ----------------------------------------------------------------------
 
     def mark_written(self, indexes: Iterable[int]) -> None:
-        """Note that chunks are in the file: their memory is given back."""
+        """Note that chunks are in the file: their memory is no longer the only copy."""
         for index in indexes:
-            self._forget_memory(index)
-
-    def _forget_memory(self, index: int) -> None:
-        buffer = self.memory.pop(index, None)
-        if buffer is not None:
-            self.folder.budget.settle(on_disk(self.chunk_length(index)))
-            buffer.release()
+            if self.memory.note_written(index):
+                self.folder.budget.settle(on_disk(self.chunk_length(index)))
 
     def mark_recorded(self, indexes: Iterable[int]) -> None:
         """Note that chunks are synced and in the map."""
         for index in indexes:
             if self.states[index] == _BUFFERED:
                 self.states[index] = _VERIFIED
+                self.memory.forget(index)
         self.entry.complete = (
             self.states.count(_VERIFIED) + self.states.count(_DURABLE) == self.chunk_count
         )
@@ -279,7 +251,8 @@ class Generation:
     def drop(self, indexes: Iterable[int]) -> None:
         """Forget chunks that could not be made durable, or whose bytes proved wrong."""
         for index in indexes:
-            self._forget_memory(index)
+            if self.memory.forget(index):
+                self.folder.budget.settle(on_disk(self.chunk_length(index)))
             if self.states[index] >= _BUFFERED:
                 self._set_absent(index)
                 self.discards += 1
@@ -294,22 +267,9 @@ class Generation:
 
     def discard(self, index: int) -> None:
         """Forget a chunk whose bytes are not what was recorded, on disk too."""
-        if self.states[index] >= _BUFFERED and index not in self.memory:
+        if self.states[index] >= _BUFFERED and index not in self.memory.unwritten:
             self.writer.forget(index)
             self.drop([index])
-
-    def check_resident(self, index: int) -> bytearray | None:
-        """Return a chunk's bytes if they are in the page cache and right; never waits."""
-        length = self.chunk_length(index)
-        if length > RESIDENT_READ_BYTES_MAX:
-            return None
-        expected = self.expected_crc(index)
-        data = self.runtime.disk.read_resident(
-            self.files.data_fd, length, index * self.chunk_size_bytes
-        )
-        if data is None or expected is None or crc32c(data) != expected:
-            return None
-        return data
 
     def distrust(self, first: int, end: int) -> None:
         """Have chunks verified anew before they are served: their file is not what it was."""
@@ -367,19 +327,35 @@ class Generation:
         """Return a chunk's bytes if they have that CRC."""
         return self.files.read(index * self.chunk_size_bytes, self.chunk_length(index), crc)
 
-    async def read_chunk(self, index: int) -> bytes | bytearray | memoryview | None:
-        """Return a present chunk's bytes, checked; None if it is gone or proved wrong."""
-        buffer = self.memory.get(index)
-        if buffer is not None:
-            return buffer.data
-        crc = self.expected_crc(index)
+    async def _load_chunk(self, index: int) -> ChunkBuffer | None:
+        """Read a present chunk into the pool, checked; None if it is gone or proved wrong."""
+        crc, length = self.expected_crc(index), self.chunk_length(index)
+        pool = self.runtime.buffers
+        data: bytes | bytearray | None = None
         if crc is not None:
-            data = await self.runtime.reader.run(lambda: self._read_blocking(index, crc))
-            if data is not None:
-                return data
+            await pool.acquire(length)
+            try:
+                data = self._read_resident(index, crc)
+                if data is None:
+                    wanted = index, crc
+                    data = await self.runtime.reader.run(lambda: self._read_blocking(*wanted))
+            finally:
+                if data is None:
+                    pool.release(length)
+        if data is not None:
+            return ChunkBuffer(pool, data)
         if self.expected_crc(index) == crc:
             self.discard(index)
         return None
+
+    def _read_resident(self, index: int, crc: int) -> bytearray | None:
+        """Return a chunk's bytes if they are few, in the page cache and right; never waits."""
+        length = self.chunk_length(index)
+        if length > RESIDENT_READ_BYTES_MAX:
+            return None
+        disk, offset = self.runtime.disk, index * self.chunk_size_bytes
+        data = disk.read_resident(self.files.data_fd, length, offset)
+        return data if data is not None and crc32c(data) == crc else None
 
     async def feed(self, first: int, end: int, take: Callable[[bytes | bytearray], None]) -> int:
         """Give present chunks, checked and in order, to a function in a hashing thread.
@@ -436,7 +412,7 @@ class Generation:
     @property
     def is_idle(self) -> bool:
         """Whether nobody reads, fetches or writes it."""
-        return not (self.readers or self.fetches or self.memory or self.writer.is_busy)
+        return not (self.readers or self.fetches or self.memory.unwritten or self.writer.is_busy)
 
     def retire(self) -> None:
         """Note that its files are gone or going; their bytes count until it is closed."""

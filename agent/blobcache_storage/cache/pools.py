@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from blobcache_storage.errors import CacheBusy
 
@@ -106,9 +106,17 @@ class WorkerPool:
             thread.join()
 
 
+class Spare(Protocol):
+    """Memory of the pool that is kept in case somebody wants it again."""
+
+    def reclaim(self) -> None:
+        """Note that the pool took it, for somebody who needs it."""
+
+
 class BufferPool:
     """Memory for chunks on their way: a bounded number of bytes, then a bounded queue.
 
+    What is kept only in case (`offer`) is used memory that gives way, the longest kept first.
     Belongs to one event loop; first come, first served.
     """
 
@@ -117,6 +125,15 @@ class BufferPool:
         self.used_bytes = 0
         self._waiters_max = waiters_max
         self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._spare: OrderedDict[Spare, int] = OrderedDict()
+        self._spare_bytes = 0
+
+    def try_acquire(self, length: int) -> bool:
+        """Take `length` bytes at once; False where one would have to wait."""
+        if self._waiters or not self._make_fit(length):
+            return False
+        self.used_bytes += length
+        return True
 
     async def acquire(self, length: int) -> None:
         """Take `length` bytes, waiting in the queue if need be; `release` gives them back.
@@ -124,8 +141,7 @@ class BufferPool:
         Raises:
             CacheBusy: The queue is full too.
         """
-        if not self._waiters and self._fits(length):
-            self.used_bytes += length
+        if self.try_acquire(length):
             return
         if len(self._waiters) >= self._waiters_max:
             raise CacheBusy("the cache's memory for blobs on their way is used up")
@@ -142,15 +158,34 @@ class BufferPool:
                 self._grant()
             raise
 
-    def _fits(self, length: int) -> bool:
-        # One request larger than the pool passes when it is alone, or it would wait for ever.
-        return self.used_bytes == 0 or self.used_bytes + length <= self.bytes_max
-
     def release(self, length: int) -> None:
         """Give bytes back and let waiters in."""
         assert length <= self.used_bytes, "more memory released than was acquired"
         self.used_bytes -= length
         self._grant()
+
+    def offer(self, spare: Spare, length: int) -> None:
+        """Leave acquired bytes to whoever needs them; they stay used until then."""
+        self._spare[spare] = length
+        self._spare_bytes += length
+        self._grant()
+
+    def withdraw(self, spare: Spare) -> None:
+        """Take back what was offered and not reclaimed yet."""
+        self._spare_bytes -= self._spare.pop(spare)
+
+    def _make_fit(self, length: int) -> bool:
+        """Whether `length` bytes fit, now that as much as needed was reclaimed."""
+        needed = self.used_bytes - self._spare_bytes
+        # One request larger than the pool passes when it is alone, or it would wait for ever.
+        if needed and needed + length > self.bytes_max:
+            return False
+        while self._spare and self.used_bytes + length > self.bytes_max:
+            spare, spare_length = self._spare.popitem(last=False)
+            self._spare_bytes -= spare_length
+            self.used_bytes -= spare_length
+            spare.reclaim()
+        return True
 
     def _grant(self) -> None:
         while self._waiters:
@@ -158,7 +193,7 @@ class BufferPool:
             if granted.done():
                 # Cancelled, but its task has not run yet to leave the queue itself.
                 return
-            if not self._fits(length):
+            if not self._make_fit(length):
                 return
             self._waiters.popleft()
             self.used_bytes += length

@@ -10,6 +10,7 @@ from typing import Protocol
 from typing_extensions import override
 
 from blobcache_storage.cache.base import BlobRead, CacheStatus, FileSpan, Piece
+from blobcache_storage.cache.chunk_memory import Lease
 from blobcache_storage.cache.digest import WholeCheck
 from blobcache_storage.cache.fill import Fetch, Origin
 from blobcache_storage.cache.generation import ChunkState, Generation
@@ -24,6 +25,8 @@ AHEAD_BYTES_MAX = 64 * 1024 * 1024
 """How far a reader's fetches run ahead of it."""
 SPAN_BYTES_MAX = 16 * 1024 * 1024
 """Longest span of a file yielded at once."""
+SLICE_BYTES = 64 * 1024
+"""Bytes that are not synced yet are yielded so many at a time: what a slow reader holds."""
 CHECK_BYTES = 1024 * 1024
 """Recorded chunks are verified so many bytes at a time."""
 
@@ -369,28 +372,26 @@ class CachedRead(BlobRead):
             self._owner.note_corrupt(generation)
 
     async def _from_memory(self, index: int) -> AsyncGenerator[Piece, None]:
-        """Yield a chunk that is not synced yet from bytes that were just checked."""
+        """Yield a chunk that is not synced yet, as long as it is not, from checked bytes."""
         generation = self._generation
-        buffer = generation.memory.get(index)
-        if buffer is not None:
-            buffer.retain()
-            try:
-                yield self._slice(index, buffer.data)
-            finally:
-                buffer.release()
-            return
-        data = generation.check_resident(index) or await generation.read_chunk(index)
-        if data is None:
+        buffer = await generation.memory.borrow(index)
+        if buffer is None:
             self._owner.note_corrupt(generation)
-        else:
-            yield self._slice(index, data)
-
-    def _slice(self, index: int, data: bytes | bytearray | memoryview) -> memoryview:
-        begin = index * self._generation.chunk_size_bytes
-        end = min(begin + len(data), self.span.end)
-        start, self._position = self._position, end
-        self._count(start, end - start)
-        return memoryview(data)[start - begin : end - begin]
+            return
+        begin = index * generation.chunk_size_bytes
+        end = min(begin + len(buffer.data), self.span.end)
+        lease = Lease(buffer)
+        try:
+            while self._position < end and generation.states[index] == ChunkState.BUFFERED:
+                start, stop = self._position, min(self._position + SLICE_BYTES, end)
+                piece = lease.copy(start - begin, stop - begin, is_last=stop == end)
+                if piece is None:
+                    return
+                self._position = stop
+                self._count(start, len(piece))
+                yield piece
+        finally:
+            lease.end()
 
     async def _await_chunk(self, index: int) -> None:
         """Wait for a missing chunk, having it fetched if nobody does."""
