@@ -40,6 +40,7 @@ from blobcache_agent.listener import (
 )
 from blobcache_agent.logs import get_logger
 from blobcache_agent.metrics import AgentCollector, create_registry
+from blobcache_agent.mirror.start import misbindings, start_mirror
 from blobcache_agent.node_state import NodeState
 from blobcache_agent.observer import RequestObserver
 from blobcache_agent.process import Signals, harden, raise_file_limit
@@ -111,6 +112,7 @@ class Agent:
         stack: AsyncExitStack,
     ) -> None:
         self._settings = settings
+        self._policy = policy
         self._auth = auth
         self._stack = stack
         self._cache_root = settings.cache_root.absolute()
@@ -184,6 +186,14 @@ class Agent:
             Limits(
                 connections_max=self._shares.readers,
                 connections_refusing_max=self._shares.refusals,
+            ),
+            await start_mirror(
+                self._settings.mirrored,
+                self.configs,
+                self._policy,
+                self._cache_root,
+                self._stack,
+                self.every,
             ),
         )
         try:
@@ -343,7 +353,7 @@ async def _load_and_apply(settings: StandaloneSettings, agent: Agent) -> None:
         UsageError: Something is wrong; nothing was changed.
     """
     wanted = await asyncio.to_thread(load, settings.files, settings.permissions)
-    problems = await agent.configs.check(wanted)
+    problems = [*await agent.configs.check(wanted), *misbindings(settings, wanted)]
     if problems:
         raise UsageError(problems)
     running = await agent.configs.replace(wanted)
