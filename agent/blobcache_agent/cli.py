@@ -17,6 +17,7 @@ from blobcache_agent import __version__, parameters
 from blobcache_agent.errors import StartError, UsageError
 from blobcache_agent.logs import LEVELS, configure_logging
 from blobcache_agent.mirror.bindings import Bindings
+from blobcache_agent.mirror.hosts_command import containerd_hosts
 from blobcache_agent.settings import (
     ANY_NAMESPACE,
     ListenAddress,
@@ -310,6 +311,9 @@ def standalone(
     )
     configure_logging(log_level, log_format)
     _run(lambda: run_standalone(settings))
+
+
+cli.add_command(containerd_hosts)
 
 
 def _group(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
