@@ -100,6 +100,8 @@ class Writer:
 
     async def finish(self) -> None:
         """Drain, and make the map durable too."""
+        if self._erase:  # a failure came between
+            self._wake()
         await self.drain()
         if self._map_dirty:  # a failure came between
             try:
@@ -116,7 +118,10 @@ class Writer:
         try:
             while self._error is None and self._has_work:
                 self._start_sync_if_due()
-                if self._pending or self._erase:
+                if self._erase and self._sync_task is not None:
+                    # What it records must not land after what erases it.
+                    await asyncio.wait([self._sync_task])
+                elif self._pending or self._erase:
                     await self._write_some()
                 else:
                     await self._wait()
@@ -162,13 +167,15 @@ class Writer:
         generation = self._generation
         size = generation.chunk_size_bytes
         batch = list(self._pending)[: max(1, WRITE_BATCH_BYTES // size)]
-        erase, self._erase = self._erase, {}
+        erase = list(self._erase)
         unwritten = generation.memory.unwritten
         jobs = [
             (first * size, [unwritten[index].data for index in range(first, end)])
             for first, end in runs(batch)
         ]
-        await self._runtime.flusher.run(lambda: self._write_blocking(list(erase), jobs))
+        await self._runtime.flusher.run(lambda: self._write_blocking(erase, jobs))
+        for index in erase:  # only now: what could not be erased is tried again before all else
+            del self._erase[index]
         # What `forget` took out meanwhile is not pending any more and must stay so.
         written = [index for index in batch if self._pending.pop(index, 0) is None]
         generation.mark_written(written)
@@ -192,9 +199,9 @@ class Writer:
     # -- sync and record ---------------------------------------------------------------------------
 
     def _start_sync_if_due(self) -> None:
-        if self._sync_task is not None:
+        if self._sync_task is not None or self._erase:
             return
-        all_written = not (self._pending or self._erase or self._unsynced)
+        all_written = not (self._pending or self._unsynced)
         if self._whole is not None and all_written:
             self._begin(self._record_whole())
             return
@@ -225,7 +232,7 @@ class Writer:
         """Sync what is written now, then write its slots."""
         generation, is_map_due = self._generation, self._map_dirty
         self._syncing, self._unsynced = self._unsynced, {}
-        # The slots as of now: what is discarded while the sync runs is erased after it.
+        # The slots as of now: what is discarded while the sync runs is erased after it (`_run`).
         records = [(first, generation.slots[first:end]) for first, end in runs(self._syncing)]
         async with self._runtime.sync_slots:
             await self._runtime.flusher.run(lambda: self._sync_blocking(records))
