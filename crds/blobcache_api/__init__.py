@@ -8,3 +8,8 @@ reconciling, files, the engine. Imports pydantic and PyYAML, nothing of Blobcach
 GROUP = "blobcache.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
+
+SCHEMA_REVISION = 1
+"""Rises by one with each change of a CRD's schema, so that an operator knows an older one."""
+REVISION_ANNOTATION = f"{GROUP}/schema-revision"
+"""Where a CRD says its revision."""

@@ -1,7 +1,9 @@
 """Generate the CRDs from the models.
 
 `python -m blobcache_api.crdgen` writes `crds/*.yaml` and the chart's copies; `--check` writes
-nothing and fails when one of them differs from what it would write.
+nothing and fails when one of them differs from what it would write. Each CRD says the revision of
+its schema, by which the operator refuses an older one: a schema that differs from the file's at the
+same revision is not written.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from blobcache_api import GROUP, VERSION
+from blobcache_api import GROUP, REVISION_ANNOTATION, SCHEMA_REVISION, VERSION
 from blobcache_api.v1alpha1.config import BlobCacheConfigSpec, BlobCacheConfigStatus
 from blobcache_api.v1alpha1.node import BlobCacheNodeStatus
 
@@ -221,9 +223,37 @@ def _crd(
         "metadata": {
             "name": f"{plural}.{GROUP}",
             "labels": {"app.kubernetes.io/name": "blobcache", "app.kubernetes.io/part-of": GROUP},
+            "annotations": {REVISION_ANNOTATION: str(SCHEMA_REVISION)},
         },
         "spec": {"group": GROUP, "scope": scope, "names": names, "versions": [version]},
     }
+
+
+def is_revision_stale(known: str, text: str) -> bool:
+    """
+    Say whether a new CRD has another schema than the one before at the same revision.
+
+    What is only for people (descriptions, columns) may change without a new revision: the operator
+    does not depend on it. A file without a revision is older than all.
+    """
+    before, after = yaml.safe_load(known) or {}, yaml.safe_load(text)
+    revision = ((before.get("metadata") or {}).get("annotations") or {}).get(REVISION_ANNOTATION)
+    if revision != after["metadata"]["annotations"][REVISION_ANNOTATION]:
+        return False
+    return bool(_substance(before["spec"]) != _substance(after["spec"]))
+
+
+def _substance(value: Any) -> Any:
+    """Return a CRD's spec without what is only for people."""
+    if isinstance(value, dict):
+        for_people = value.get("description")
+        return {
+            key: _substance(part)
+            for key, part in value.items()
+            if not (key == "description" and isinstance(for_people, str))
+            and key != "additionalPrinterColumns"
+        }
+    return [_substance(part) for part in value] if isinstance(value, list) else value
 
 
 class _Dumper(yaml.SafeDumper):
@@ -247,10 +277,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, text in generate().items():
         for folder in FOLDERS:
             path = folder / name
-            if path.exists() and path.read_text() == text:
+            known = path.read_text() if path.exists() else ""
+            if known == text:
                 continue
             differing.append(path)
             if not is_check:
+                if is_revision_stale(known, text):
+                    sys.stdout.write(
+                        f"{path.relative_to(ROOT)} would have another schema of the same revision: "
+                        "raise SCHEMA_REVISION in blobcache_api/__init__.py\n"
+                    )
+                    return 1
                 folder.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)
     for path in differing:

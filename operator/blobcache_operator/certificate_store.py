@@ -22,6 +22,7 @@ from blobcache_operator.kube import JSONObject, Kube
 CA_SECRET = "blobcache-ca"  # noqa: S105 - the names of Secrets, not their content
 OPERATOR_SECRET = "blobcache-operator-tls"  # noqa: S105
 AGENT_SECRET = "blobcache-agent-tls"  # noqa: S105
+SECRET_TYPE = "kubernetes.io/tls"  # noqa: S105
 CONFLICT_ROUNDS_MAX = 5
 
 log = structlog.get_logger(__name__)
@@ -48,6 +49,7 @@ class CertificateStore:
 
         Raises:
             KubeError: The namespace is missing, a right is, or the server.
+            SecretUnusable: A Secret of such a name is of another type.
         """
         for _round in range(CONFLICT_ROUNDS_MAX):
             with contextlib.suppress(errors.Conflict):
@@ -73,6 +75,14 @@ class CertificateStore:
             previous = (known[0] or {}).get("ca.crt", b"")
             wanted = certificates.create_authority(now, previous=previous)
             log.info("Certificate authority created", namespace=self._namespace)
+        elif certificates.expiry(current.certificate) <= now:
+            # Nobody trusts it any more, so there is nobody to tell before the new one signs.
+            wanted = certificates.create_authority(now)
+            log.warning(
+                "Certificate authority had expired and was replaced; agents are reached again when "
+                "their Secret has come to them, within two minutes",
+                expired=certificates.expiry(current.certificate).isoformat(),
+            )
         else:
             wanted = certificates.advance_authority(current, now)
         if found is None or wanted != current:
@@ -100,6 +110,13 @@ class CertificateStore:
             secret = await self._kube.get(f"{self._collection()}/{name}")
         except errors.NotFound:
             return None, None
+        if (found := secret.get("type")) != SECRET_TYPE:
+            # A Secret's type cannot be changed, and what is in it may be somebody's.
+            raise errors.SecretUnusable(
+                f"The Secret '{name}' is of type '{found}', not '{SECRET_TYPE}', so the operator "
+                "did not make it. Save what is in it, then delete it and a new one is made: "
+                f"kubectl -n {self._namespace} delete secret {name}"
+            )
         data = {key: base64.b64decode(value) for key, value in (secret.get("data") or {}).items()}
         return data, str(secret["metadata"]["resourceVersion"])
 
@@ -118,7 +135,7 @@ class CertificateStore:
         body: JSONObject = {
             "apiVersion": "v1",
             "kind": "Secret",
-            "type": "kubernetes.io/tls",
+            "type": SECRET_TYPE,
             "metadata": metadata,
             "data": {key: base64.b64encode(value).decode() for key, value in data.items()},
         }

@@ -11,6 +11,7 @@ OperatorError
 ├── AgentError                one agent did not do what was asked; `reason` is CamelCase
 │   └── StateOutdated         it has a newer state of this leader
 ├── NewerLeader               an agent knows a higher epoch than ours
+├── SecretUnusable            a certificate's Secret is not ours to use; somebody must delete it
 ├── LeadershipLost            the Lease is somebody else's, or could not be renewed in time
 └── SettingsError             the command line or the environment asks for something impossible
 """
@@ -99,6 +100,10 @@ class NewerLeader(OperatorError):
     def __init__(self, epoch: int) -> None:
         super().__init__(f"an agent follows epoch {epoch}")
         self.epoch = epoch
+
+
+class SecretUnusable(OperatorError):
+    """A Secret of a certificate's name holds something else; the message says what to do."""
 
 
 class LeadershipLost(OperatorError):

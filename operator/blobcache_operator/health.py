@@ -19,13 +19,17 @@ class Health:
     Args:
         last_lease_contact: The loop time the Lease was last read or written, None before.
         is_loop_alive: False when the reconcile loop of a leader has not turned for too long.
+        obstacle: What somebody must mend before this replica can do its work, with the remedy.
     """
 
     last_lease_contact: Callable[[], float | None]
     is_loop_alive: Callable[[], bool]
+    obstacle: Callable[[], str | None] = lambda: None
 
     def not_ready_reason(self) -> str | None:
         """Return why this replica could not lead or stand by, None when it could."""
+        if (obstacle := self.obstacle()) is not None:
+            return obstacle
         contact = self.last_lease_contact()
         if contact is None:
             return "the Lease was not read yet"

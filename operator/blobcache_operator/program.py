@@ -22,6 +22,7 @@ from blobcache_operator.certificate_store import (
 )
 from blobcache_operator.facts import NODES_PATH, Lister
 from blobcache_operator.health import Health, health_served
+from blobcache_operator.installed_schema import find_schema_problem
 from blobcache_operator.kube import Kube
 from blobcache_operator.kubeauth import NAMESPACE_DEFAULT, KubeAccess
 from blobcache_operator.leadership import Leadership, LeaseTimes, Term
@@ -33,6 +34,7 @@ from blobcache_operator.settings import OperatorSettings
 CERTIFICATE_SECONDS = 60.0
 CERTIFICATE_RETRY_SECONDS = 5.0
 TURN_SECONDS_MAX = 180.0
+SCHEMA_RETRY_SECONDS = 5.0
 # Two operators that share agents but no Lease would overbid each other; this bounds how fast.
 SUPERSEDED_SECONDS = 2.0
 
@@ -54,6 +56,8 @@ class Keeper:
         self._context: ssl.SSLContext | None = None
         self._is_there = asyncio.Event()
         self._known: tuple[certificates.Leaf, certificates.Leaf] | None = None
+        self.problem: str | None = None
+        """Why there are no certificates, with the remedy, while somebody must mend it."""
 
     async def context(self) -> ssl.SSLContext:
         """Return the context for agents, once there is one; it is renewed in place."""
@@ -66,6 +70,11 @@ class Keeper:
         while True:
             try:
                 pause = await self._turn()
+                self.problem = None
+            except errors.SecretUnusable as error:
+                pause = CERTIFICATE_RETRY_SECONDS
+                self.problem = str(error)
+                log.error("A certificate's Secret cannot be used", remedy=self.problem)  # noqa: TRY400
             except errors.KubeError as error:
                 pause = CERTIFICATE_RETRY_SECONDS
                 log.warning(
@@ -131,11 +140,14 @@ class Program:
             settings,
         )
         self._leader: Leader | None = None
+        self._schema_problem: str | None = None
 
     async def run(self) -> None:
         """Run until cancelled."""
         host, port = self._settings.health_address
-        health = Health(lambda: self._leadership.last_contact, self._is_loop_alive)
+        health = Health(
+            lambda: self._leadership.last_contact, self._is_loop_alive, self._find_obstacle
+        )
         log.info(
             "Operator started",
             identity=self._identity,
@@ -144,7 +156,29 @@ class Program:
         )
         async with self._kube, health_served(health, host, port), asyncio.TaskGroup() as group:
             group.create_task(self._keeper.run(), name="certificates")
-            group.create_task(self._leadership.run(self._lead), name="leadership")
+            group.create_task(self._run_leadership(), name="leadership")
+
+    def _find_obstacle(self) -> str | None:
+        return self._schema_problem or self._keeper.problem
+
+    async def _run_leadership(self) -> None:
+        """
+        Take part in the election, once the cluster's CRDs are new enough for it.
+
+        Until then this replica is alive but not ready, so a rolling upgrade leaves the old one at
+        work, and goes on by itself when the CRDs were upgraded.
+        """
+        while True:
+            try:
+                self._schema_problem = await find_schema_problem(self._kube)
+            except errors.KubeError as error:
+                log.warning("CRDs could not be read", error=str(error))
+            else:
+                if self._schema_problem is None:
+                    break
+                log.error("The installed CRDs cannot be used", remedy=self._schema_problem)
+            await asyncio.sleep(SCHEMA_RETRY_SECONDS)
+        await self._leadership.run(self._lead)
 
     def _is_loop_alive(self) -> bool:
         leader = self._leader

@@ -32,6 +32,13 @@ from blobcache_operator.traffic import Totals
 MESSAGE_LENGTH_MAX = 1024
 REASONS_MAX = 16
 ROOM_FOR_OTHERS = "NodeLimits"
+NO_AGENTS = (
+    "No agent is there, so nothing is served. If the chart's DaemonSet has no pods, pod security "
+    "refuses them: kubectl label namespace NAMESPACE "
+    "pod-security.kubernetes.io/enforce=privileged (the namespace of the chart's release). "
+    "Look by: kubectl describe daemonset blobcache-agent -n NAMESPACE. Agents outside the cluster "
+    "are named by --agent NODE=URL."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +77,7 @@ def roll_up(
     previous = config.status.conditions if config.status else ()
     findings = [
         _ready(config, verdict, survey, has_agents=bool(agents)),
-        _degraded(verdict, survey),
+        _degraded(verdict, survey, has_agents=bool(agents)),
         _credentials_valid(config, verdict),
         _warm(config, verdict, survey),
     ]
@@ -139,9 +146,7 @@ def _ready(config: ConfigFacts, verdict: Verdict, survey: _Survey, *, has_agents
         return false(
             "Ready",
             "NoAgents",
-            "No agent is there. Install the chart's DaemonSet, or name agents outside the cluster "
-            "by --agent NODE=URL; check by: kubectl get endpointslices "
-            "-l kubernetes.io/service-name=blobcache-agents -A",
+            NO_AGENTS,
         )
     if not survey.selected:
         return false(
@@ -171,7 +176,7 @@ def _ready(config: ConfigFacts, verdict: Verdict, survey: _Survey, *, has_agents
     return true("Ready", "Applied", "Every available node runs this configuration.")
 
 
-def _degraded(verdict: Verdict, survey: _Survey) -> Finding:
+def _degraded(verdict: Verdict, survey: _Survey, *, has_agents: bool) -> Finding:
     if verdict.refusal is not None:
         return true("Degraded", verdict.refusal.reason, verdict.refusal.message)
     if verdict.credentials.problem is not None:
@@ -181,6 +186,16 @@ def _degraded(verdict: Verdict, survey: _Survey) -> Finding:
     if trouble:
         reason = _most_common(trouble)
         return true("Degraded", reason, _tell(trouble, len(survey.selected)))
+    if not has_agents:
+        return true("Degraded", "NoAgents", NO_AGENTS)
+    if not survey.selected:
+        return false(
+            "Degraded",
+            "NoNodesSelected",
+            "No node runs this configuration, so nothing of it can fail; see Ready.",
+        )
+    if not survey.available:
+        return unknown("Degraded", "AskingAgents", "The operator has just begun to ask agents.")
     return false("Degraded", "AsExpected", "Nothing fails.")
 
 

@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, TypeVar
 
@@ -130,7 +130,7 @@ class _OpenFile:
 
     def read(self, count: int, offset: int, identity: str) -> Future[bytes]:
         """Begin reading in a thread; one read at a time."""
-        self._last = self._threads.submit(self._read, count, offset, identity)
+        self._last = _submit(self._threads, lambda: self._read(count, offset, identity))
         return self._last
 
     def _read(self, count: int, offset: int, identity: str) -> bytes:
@@ -204,6 +204,22 @@ class LocalStream(FetchStream):
         self._file.close()
 
 
+def _closed() -> OriginUnreachable:
+    return OriginUnreachable("the configuration that reads these files has ended")
+
+
+def _submit(threads: ThreadPoolExecutor, work: Callable[[], T]) -> Future[T]:
+    """Run in a thread.
+
+    Raises:
+        OriginUnreachable: The backend was shut down; a reader may still be at it.
+    """
+    try:
+        return threads.submit(work)
+    except RuntimeError:
+        raise _closed() from None
+
+
 async def _bounded(future: Future[T], timeout_seconds: float, blob_id: str) -> T:
     """Await what runs in a thread, for so long; what comes later is nobody's any more."""
     try:
@@ -215,6 +231,11 @@ async def _bounded(future: Future[T], timeout_seconds: float, blob_id: str) -> T
         ) from None
     except OSError as error:
         raise _translate(error, blob_id) from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if future.cancelled() and not (task is not None and task.cancelling()):
+            raise _closed() from None  # by the shutdown: nobody cancelled us
+        raise
 
 
 def split_root(directory: str, roots: Sequence[str] | None) -> tuple[str, str]:
@@ -237,7 +258,7 @@ def split_root(directory: str, roots: Sequence[str] | None) -> tuple[str, str]:
             return prefix, clean[len(prefix.rstrip("/")) :].lstrip("/")
     raise ConfigError(
         "`localFS.directory` must be below a folder that the administrator permits"
-        " (chart value `agent.allowLocalFS`, flag --allow-localfs)"
+        " (chart value `agent.localFSRoots`, flag --allow-localfs)"
     )
 
 
@@ -286,7 +307,7 @@ class LocalFSBackend(BlobBackend):
         raise missing
 
     async def _opened(self, blob_id: str) -> tuple[_OpenFile, BlobVersion]:
-        future = self._threads.submit(self._open, blob_id)
+        future = _submit(self._threads, lambda: self._open(blob_id))
         try:
             fd, status = await _bounded(future, self._config.timeout_seconds, blob_id)
         except BaseException:

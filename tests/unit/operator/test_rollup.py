@@ -61,7 +61,7 @@ def test_all_conditions_are_set_at_first_sight() -> None:
     status = _roll(one, (AgentFacts("one"),))
     assert _says(status) == {
         "Ready": "Unknown AskingAgents",
-        "Degraded": "False AsExpected",
+        "Degraded": "Unknown AskingAgents",
         "CredentialsValid": "True NotRequired",
         "Warm": "True NotRequired",
     }
@@ -72,7 +72,7 @@ def test_all_conditions_are_set_at_first_sight() -> None:
 @pytest.mark.parametrize(
     ("agents", "ready", "degraded", "summary"),
     [
-        ("", "False NoAgents", "False AsExpected", "0/0"),
+        ("", "False NoAgents", "True NoAgents", "0/0"),
         ("r", "True Applied", "False AsExpected", "1/1"),
         ("rp", "False Applying", "False AsExpected", "1/2"),
         ("rd", "True Applied", "True AgentUnreachable", "1/2"),
@@ -116,6 +116,16 @@ def test_a_selector_that_matches_nothing_is_told() -> None:
     status = _roll(config("a", nodeSelector={"x": "y"}), (agent("one"),))
     assert _says(status)["Ready"] == "False NoNodesSelected"
     assert "kubectl label node" in status.conditions[0].message
+    assert _says(status)["Degraded"] == "False NoNodesSelected"
+    assert "No node runs" in status.conditions[1].message
+
+
+def test_a_daemonset_without_pods_is_told() -> None:
+    """Pod security refuses agents silently; the one sentence that helps is where people look."""
+    status = _roll(config("a"), ())
+    for condition in status.conditions[:2]:
+        assert condition.reason == "NoAgents"
+        assert "pod-security.kubernetes.io/enforce=privileged" in condition.message
 
 
 def test_a_secrets_problem_is_told_in_three_conditions() -> None:
