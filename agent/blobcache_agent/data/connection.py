@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import select
 import socket
 import struct
 from typing import TYPE_CHECKING
@@ -139,6 +140,17 @@ class Connection(asyncio.BufferedProtocol):
         """Close unless an answer is under way; after that one it closes by itself."""
         if not self._is_answering:
             self._transport.close()
+
+    def close_if_silent(self) -> bool:
+        """Close if it waits for a head and has sent nothing that is unread; return whether so."""
+        if self.waiting_since is None:
+            return False
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket"), select.POLLIN)
+        if poll.poll(0):
+            return False
+        self._transport.close()
+        return True
 
     def cut(self, reason: str) -> None:
         """End now, whatever is under way."""

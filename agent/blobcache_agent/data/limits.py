@@ -29,7 +29,7 @@ class Limits:
     connections_max: int = 4096
     """Connections served at a time; one more gets 503 and is closed."""
     connections_refusing_max: int = 256
-    """Surplus connections being told so at a time; beyond that they are just closed."""
+    """Surplus connections being told so at a time; more are told and closed in one go."""
     head_timeout_seconds: float = 10.0
     """From a connection's opening or a request's first byte to the end of the request's head."""
     idle_timeout_seconds: float = 75.0

@@ -25,6 +25,13 @@ YIELDING_PER_LOOK = 64
 """Waiting connections noted at one look at all of them, so that a crowd costs one look for many."""
 YIELDING_LOOK_SECONDS = 0.1
 """Between two looks that find nobody."""
+_REFUSAL_BODY = (
+    b'{"code": "TooManyConnections", "message": "the cache has no room for more readers"}'
+)
+_REFUSAL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+    b"Content-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(_REFUSAL_BODY), _REFUSAL_BODY)
+)
 CUT_GRACE_SECONDS = 2.0
 """For reads to close after their connections were cut."""
 
@@ -145,25 +152,31 @@ class DataServer:
                 ),
             )
         else:
-            sock.close()
+            self._refuse_at_once(sock)
             return
         opening = asyncio.get_running_loop().create_task(_open(connection, sock))
         self._opening.add(opening)
         opening.add_done_callback(self._opening.discard)
 
+    def _refuse_at_once(self, sock: socket.socket) -> None:
+        """Say that there is no room and close: mostly heard, and it costs no descriptor."""
+        with contextlib.suppress(OSError), sock:
+            sock.send(_REFUSAL)
+            # What is unread at the close makes it a reset, and that may overtake the answer.
+            sock.recv_into(self.receive_buffer)
+
     def _make_place(self) -> bool:
         """Close the connection that has been idle, or without a whole head, for longest.
 
         So who drips its requests, or holds connections that it does not use, keeps nobody out;
-        returns False where all are being answered.
+        returns False where all are being answered, or soon will be.
         """
         for look in (False, True):
             if look:
                 self._look_for_yielding()
             while self._yielding:
                 connection = self._yielding.pop()
-                if connection in self._connections and connection.waiting_since is not None:
-                    connection.close_if_idle()
+                if connection in self._connections and connection.close_if_silent():
                     return True
         return False
 

@@ -229,6 +229,9 @@ async def test_too_many_connections() -> None:
                 assert answer["Retry-After"] == "1"
                 assert json.loads(answer.body)["code"] == "TooManyConnections"
                 async with connected(twin.host, twin.port) as fourth:
+                    answer = await fourth.answer()
+                    assert (answer.status, answer["Retry-After"]) == (503, "1")
+                    assert json.loads(answer.body)["code"] == "TooManyConnections"
                     assert await fourth.rest() == b""
                 gate.set()
                 assert (await first.answer()).status == 200
