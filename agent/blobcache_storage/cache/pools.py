@@ -30,6 +30,8 @@ class WorkerPool:
         self._idle_seconds = idle_seconds
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads: set[threading.Thread] = set()
+        self._lock = threading.Lock()
+        """Held for moments, to put a job or to leave: no job is stranded, no thread uncounted."""
         self._pending = 0
         self._closed = False
 
@@ -66,30 +68,24 @@ class WorkerPool:
             loop.call_soon_threadsafe(deliver, result, error)
 
         self._pending += 1
-        self._jobs.put(job)
-        self._ensure_thread()
+        with self._lock:
+            self._jobs.put(job)
+            if len(self._threads) < min(self._threads_max, self._pending):
+                thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+                self._threads.add(thread)
+                thread.start()
         return await future
-
-    def _ensure_thread(self) -> None:
-        # The set is only added to here and only discarded from by the thread itself, which looks
-        # at the queue once more after it left: so a job put before that is taken, and one put
-        # after it finds the thread gone. No job is stranded.
-        if len(self._threads) >= min(self._threads_max, self._pending):
-            return
-        thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-        self._threads.add(thread)
-        thread.start()
 
     def _work(self) -> None:
         while True:
             try:
                 job = self._jobs.get(timeout=self._idle_seconds)
             except queue.Empty:
-                self._threads.discard(threading.current_thread())
-                try:
-                    job = self._jobs.get_nowait()
-                except queue.Empty:
-                    return
+                with self._lock:
+                    if self._jobs.empty():
+                        self._threads.discard(threading.current_thread())
+                        return
+                continue
             if job is None:
                 return
             job()
@@ -99,9 +95,10 @@ class WorkerPool:
         if self._closed:
             return
         self._closed = True
-        threads = list(self._threads)
-        for _ in threads:
-            self._jobs.put(None)
+        with self._lock:
+            threads = list(self._threads)
+            for _ in threads:
+                self._jobs.put(None)
         for thread in threads:
             thread.join()
 

@@ -244,24 +244,24 @@ class Prefetcher:
             await asyncio.wait_for(origin.quiet.wait(), YIELD_SECONDS_MAX)
 
     async def _settle(self, fetches: list[Fetch]) -> None:
-        """Wait until one of them ends; the others go on meanwhile."""
+        """Wait until one of them ends; the others go on meanwhile, unless it failed."""
         for fetch in fetches:
             fetch.join(RequestSource.PREFETCH)
+        waits = [asyncio.ensure_future(fetch.settle()) for fetch in fetches]
+        is_well = False
         try:
-            waits = [asyncio.ensure_future(fetch.settle()) for fetch in fetches]
-            try:
-                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for wait in waits:
-                    wait.cancel()
-        except asyncio.CancelledError:
-            for fetch in fetches:
-                fetch.leave()
-            raise
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            is_well = all(fetch.error is None for fetch in fetches)
+        finally:
+            for fetch, wait in zip(fetches, waits, strict=True):
+                wait.cancel()
+                if is_well:
+                    fetch.stay()
+                else:
+                    fetch.leave()
         for fetch in fetches:
             if fetch.error is not None:
                 raise fetch.error
-            fetch.stay()
 
     async def _check_digest(self, generation: Generation) -> None:
         manager, blob_id = self._manager, generation.entry.blob_id

@@ -14,7 +14,7 @@ from tests.unit.cache.rig import CHUNK, FakeClock, Rig, make_config, take
 from blobcache_storage.cache.base import CacheStatus, ManagerStats
 from blobcache_storage.config import PrefetchConfig
 from blobcache_storage.device import BlobInfo, RangeRequest
-from blobcache_storage.errors import DigestMismatch, OriginUnreachable
+from blobcache_storage.errors import DigestMismatch, OriginDenied, OriginUnreachable
 from blobcache_storage.testing.cache_suite import until
 from blobcache_storage.testing.memory_backend import Fault, MemoryBackend
 
@@ -202,6 +202,22 @@ async def test_a_failing_origin_is_asked_again(start: StartRig) -> None:
     await until(lambda: rig.manager.stats().prefetch_problem.startswith("OriginUnreachable"))
     await until(lambda: rig.manager.stats().prefetch_blobs_ready == 1)
     assert rig.manager.stats().prefetch_problem == ""
+
+
+async def test_what_was_fetched_beside_a_failure_is_not_held(start: StartRig) -> None:
+    """A fetch that nobody wants any more ends, though another of its blob failed first."""
+    rig = await start()
+    rig.put("a", 1000 * CHUNK)
+    fail, hold = asyncio.Event(), asyncio.Event()
+    denied = OriginDenied("no")
+    first = Fault(hold_body=fail, hold_after_bytes=CHUNK, cut_after_bytes=CHUNK, cut_error=denied)
+    rig.backend.fail_next(first, Fault(hold_body=hold))
+    rig.manager.reconfigure(make_config(prefetch=listed(BlobInfo("a", 1000 * CHUNK))))
+    await until(lambda: rig.backend.open_streams == 2)
+    fail.set()
+    await until(lambda: rig.manager.stats().prefetch_problem.startswith("OriginDenied"))
+    rig.manager.reconfigure(make_config())
+    await until(lambda: rig.backend.open_streams == 0)
 
 
 async def test_a_listed_digest_is_checked(start: StartRig) -> None:

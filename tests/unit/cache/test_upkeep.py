@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
+import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.unit.cache.rig import CHUNK, Rig
@@ -189,3 +192,27 @@ def test_who_was_busy_and_is_idle_makes_room() -> None:
         one.is_busy = False
     assert not files.is_exhausted
     assert len(files) == 2
+
+
+class LateQueue(queue.SimpleQueue[Any]):
+    """A queue that says once that it is empty just when somebody puts something in."""
+
+    def __init__(self) -> None:
+        self.is_late = True
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        """Take an item, but not at first."""
+        if self.is_late and timeout is not None:
+            self.is_late = False
+            while self.empty():
+                time.sleep(0.001)
+            raise queue.Empty
+        return super().get(block, timeout)
+
+
+async def test_a_thread_that_takes_a_job_on_its_way_out_is_counted() -> None:
+    """Else there would be more than the bound, and ending would not wait for it."""
+    pool = WorkerPool("leaving", 1, idle_seconds=10)
+    pool._jobs = LateQueue()
+    assert await pool.run(lambda: pool.thread_count) == 1
+    await asyncio.to_thread(pool.close)
