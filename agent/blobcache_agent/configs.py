@@ -15,7 +15,7 @@ from blobcache_agent.logs import get_logger
 from blobcache_agent.settings import Permissions
 from blobcache_agent.translate import Wanted, translate
 from blobcache_api.v1alpha1.config import Readers as ReadersOfSpec
-from blobcache_storage.cache.base import BlobCache, BlobCacheMgr
+from blobcache_storage.cache.base import BlobCache, BlobCacheMgr, Hit
 from blobcache_storage.config import ConfigV2
 from blobcache_storage.device import BlobInfo
 from blobcache_storage.errors import StorageError
@@ -65,6 +65,10 @@ class Running:
         """Return a handle on a blob."""
         assert self.config is not None, "a refused configuration is not resolved"
         return self._factory.new_blob_cache(self.config, BlobInfo(blob_id))
+
+    def hit(self, blob_id: str, first: int, last: int | None) -> Hit | None:
+        """Return bytes that can go out at once."""
+        return None if self.manager is None else self.manager.hit(blob_id, first, last)
 
 
 class Configs:

@@ -6,10 +6,9 @@ plug in alike.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
-from blobcache_storage.cache.base import BlobCache
+from blobcache_storage.cache.base import BlobCache, Hit
 
 Readers = Literal["Namespace", "Cluster"]
 """Whose pods may read: those of the configuration's namespace, or all of the cluster."""
@@ -73,6 +72,15 @@ class Entry(Protocol):
             InvalidBlobId: The backend can have no such blob.
         """
 
+    def hit(self, blob_id: str, first: int, last: int | None) -> Hit | None:
+        """Return verified bytes that can go out at once, if that is all there is to do.
+
+        Args:
+            blob_id: As for `open`.
+            first: Offset of the first byte.
+            last: Offset of the last one, which may lie beyond the blob's end; None for all.
+        """
+
 
 class Catalog(Protocol):
     """The configurations of this node. Called in the event loop, for each request: no I/O."""
@@ -84,6 +92,13 @@ class Catalog(Protocol):
             UnknownConfig: There is none of that name.
             NotReady: There is, but it cannot serve; or no state has been applied yet.
         """
+
+
+class Admission(Protocol):
+    """A reader who was recognized, for the further requests with the same Authorization header."""
+
+    def opens(self, entry: Entry) -> bool:
+        """Whether `ReaderAuth.admit` and `check` would both let the reader pass now."""
 
 
 class ReaderAuth(Protocol):
@@ -109,9 +124,16 @@ class ReaderAuth(Protocol):
             Forbidden: The token is valid, but of a namespace that may not read this.
         """
 
+    def recognize(self, authorization: str | None) -> Admission:
+        """Return what need not be found out again for the reader's next request.
 
-@dataclass(frozen=True, slots=True)
-class ResponseRecord:
+        Raises:
+            Unauthenticated: There is no valid token.
+            NotReady: Tokens cannot be judged yet.
+        """
+
+
+class ResponseRecord(NamedTuple):
     """What became of one request; exactly one per response, also of those cut short.
 
     `namespace` and `name` are set only if the configuration exists, so that strangers cannot

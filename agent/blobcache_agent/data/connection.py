@@ -16,10 +16,12 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
-from blobcache_agent.data.exchange import READER_GONE, Exchange
+from blobcache_agent.data.exchange import READER_GONE, Exchange, Head
+from blobcache_agent.data.lane import HitLane
 from blobcache_agent.data.limits import HEAD_BYTES_MAX, LINGER_BYTES_MAX
 from blobcache_agent.data.outlet import Outlet
 from blobcache_agent.data.rejection import Rejection, bad_request, head_too_large
+from blobcache_agent.data.request import HEAD_END
 
 if TYPE_CHECKING:
     from blobcache_agent.data.server import DataServer
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 SLOW_READER = "SlowReader"
 SHUTTING_DOWN = "ShuttingDown"
 
-_HEAD_END = b"\r\n\r\n"
 _HOPELESS = re.compile(rb"[^!#$%&'*+.^_`|~0-9A-Za-z\r-]|\r[^\n]")
 """No request begins like this; TLS, for one, does."""
 _BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
@@ -76,6 +77,7 @@ class Connection(asyncio.BufferedProtocol):
             self._server.threads,
             self._limits.write_buffer_bytes,
         )
+        self._lane = HitLane(self._server.services, self._outlet)
         self._deadline = self._loop.time() + self._limits.head_timeout_seconds
         self._server.add(self)
         if self._refusal is not None:
@@ -97,7 +99,10 @@ class Connection(asyncio.BufferedProtocol):
             if self._discarded_bytes > LINGER_BYTES_MAX:
                 self._transport.abort()
             return
-        self._inbox += self._server.receive_buffer[:nbytes]
+        received = self._server.receive_buffer[:nbytes]
+        if not (self._is_answering or self._inbox) and self._answer_at_once(bytes(received)):
+            return
+        self._inbox += received
         if not self._is_answering:
             self._advance()
         elif len(self._inbox) >= HEAD_BYTES_MAX:
@@ -174,8 +179,8 @@ class Connection(asyncio.BufferedProtocol):
         if inbox.startswith(b"\r\n"):
             # Some old clients end a request with one line too many (RFC 9112 section 2.2).
             del inbox[:2]
-        end = inbox.find(_HEAD_END) + len(_HEAD_END)
-        if len(_HEAD_END) <= end <= HEAD_BYTES_MAX:
+        end = inbox.find(HEAD_END) + len(HEAD_END)
+        if len(HEAD_END) <= end <= HEAD_BYTES_MAX:
             head = bytes(memoryview(inbox)[:end])
             del inbox[:end]
             return head
@@ -197,14 +202,30 @@ class Connection(asyncio.BufferedProtocol):
 
     # Answering.
 
-    def _start(self, head: bytes | Rejection) -> None:
+    def _answer_at_once(self, received: bytes) -> bool:
+        """Answer, or begin to answer, a hit that can be; whether it is."""
+        if self._server.is_stopping:
+            return False
+        try:
+            begun = self._lane.answer(received)
+        except Exception as error:
+            self._server.services.observer.on_error(error)
+            self._transport.abort()
+            return True
+        if begun is True:
+            self._await_request()
+        elif begun is not False:
+            self._start(begun)
+        return begun is not False
+
+    def _start(self, head: Head) -> None:
         """Begin to answer."""
         self._is_idle = False
         self._progress_time = self._loop.time()
         self._is_answering = True
         self._task = self._server.spawn(self._answer_all(head))
 
-    async def _answer_all(self, head: bytes | Rejection | None) -> None:
+    async def _answer_all(self, head: Head | None) -> None:
         """Answer heads, one after the other, as long as complete ones are there."""
         try:
             while head is not None:
@@ -296,4 +317,5 @@ class Connection(asyncio.BufferedProtocol):
         self._is_cut = True
         if self._exchange is not None:
             self._exchange.abort_reason = reason
-        self._task.cancel()
+        # Not before its first step: a task that never ran releases nothing.
+        self._loop.call_soon(self._task.cancel)

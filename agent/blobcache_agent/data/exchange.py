@@ -13,6 +13,7 @@ from blobcache_agent.data.blob_path import parse_blob_path
 from blobcache_agent.data.catalog import Catalog, Observer, ReaderAuth, ResponseRecord
 from blobcache_agent.data.conditions import Verdict
 from blobcache_agent.data.dates import DateClock
+from blobcache_agent.data.lane import Begun
 from blobcache_agent.data.outlet import Outlet, ReaderGone, piece_bytes
 from blobcache_agent.data.ranges import parse_range
 from blobcache_agent.data.rejection import Rejection
@@ -27,13 +28,13 @@ READER_GONE_STATUS = 499
 READER_GONE = "ReaderGone"
 
 
-class ShortRead(Exception):
-    """A read yielded more or fewer bytes than its span has: a bug, and never to be padded."""
+Head = bytes | Rejection | Begun
+"""What an answer is wanted for: a request, what should have been one, or one half answered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What every exchange of a server shares."""
+    """What all connections of a server share."""
 
     catalog: Catalog
     auth: ReaderAuth
@@ -41,6 +42,10 @@ class Services:
     clock: DateClock
     service: Service | None = None
     """Answers what is not below `/v1/blobs`, if anybody does."""
+
+
+class ShortRead(Exception):
+    """A read yielded more or fewer bytes than its span has: a bug, and never to be padded."""
 
 
 class Exchange:
@@ -74,8 +79,8 @@ class Exchange:
         """Whether a head was handed to the socket, at least in part."""
         return self._outlet.sent_bytes > self._sent_before_bytes
 
-    async def run(self, head: bytes | Rejection, *, may_keep_alive: bool) -> None:
-        """Answer a head, or the rejection of what should have been one.
+    async def run(self, head: Head, *, may_keep_alive: bool) -> None:
+        """Answer a head, or the rejection of what should have been one, or end what was begun.
 
         Returns when the answer was sent, cut short or given up; `is_aborted` tells.
 
@@ -98,9 +103,13 @@ class Exchange:
         """Whether the connection must end here and now, without another byte."""
         return self._aborted
 
-    async def _answer(self, head: bytes | Rejection, may_keep_alive: bool) -> None:
+    async def _answer(self, head: Head, may_keep_alive: bool) -> None:
         """Answer, turning errors into error answers as long as no head was sent."""
         try:
+            if isinstance(head, Begun):
+                self.keep_alive = may_keep_alive
+                await self._go_on(head)
+                return
             request = _request_of(head)
             self._method = "HEAD" if request.method == "HEAD" else "GET"
             self._is_http_1_0 = request.is_http_1_0
@@ -129,6 +138,18 @@ class Exchange:
                 await self._answer_head(request, cache)
             else:
                 await self._answer_get(request, cache)
+
+    async def _go_on(self, begun: Begun) -> None:
+        """Send the rest of an answer."""
+        self._method, self._cache_status = "GET", begun.read.status.value
+        self._namespace, self._name = begun.path.namespace, begun.path.name
+        self._blob_id = begun.path.blob_id
+        self._start_time = begun.start_time
+        self._sent_before_bytes -= begun.taken_bytes
+        self._body_bytes = begun.body_bytes
+        self._status = begun.status
+        async with begun.read as read:
+            await self._send_body(read, (begun.status, begun.head_left))
 
     async def _serve_for(self, service: Service, request: Request) -> None:
         """Send what another service answers; who may read is its business."""

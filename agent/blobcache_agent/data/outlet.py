@@ -22,8 +22,8 @@ from concurrent.futures import Executor
 from blobcache_storage.cache.base import FileSpan, Piece
 from blobcache_storage.errors import DiskError
 
-BLOCK_BYTES = 256 * 1024
-"""One read from the page cache; small enough for the processor's cache."""
+BLOCK_BYTES = 260 * 1024
+"""One read from the page cache and a head before it; small enough for the processor's cache."""
 COLD_BLOCK_BYTES = 128 * 1024
 """One read from the disk, by a thread."""
 JOIN_BYTES_MAX = 64 * 1024
@@ -109,6 +109,28 @@ class Outlet:
         else:
             await self._send_bytes(head)
             await self._send_bytes(piece)
+
+    def send_now(self, fd: int, offset: int, length: int, head: bytes) -> int:
+        """Send a head and a file's bytes after it, as far as the socket takes them now.
+
+        Returns:
+            How many bytes were taken, those of the head first; at most a block. 0 if nothing was
+            sent: the disk or the reader would have to be waited for, or failed.
+        """
+        begin = len(head)
+        if self._is_held or begin > BLOCK_BYTES - JOIN_BYTES_MAX or self._transport.is_closing():
+            return 0
+        end = min(begin + length, BLOCK_BYTES)
+        room = self._scratch
+        room[:begin] = head
+        try:
+            if os.preadv(fd, [room[begin:end]], offset, os.RWF_NOWAIT) < end - begin:
+                return 0
+            taken = os.write(self._socket_fd, room[:end])
+        except OSError:
+            return 0  # whoever tries again meets it again, and can say what it is
+        self.sent_bytes += taken
+        return taken
 
     async def drain(self) -> None:
         """Return when the transport holds nothing."""

@@ -16,6 +16,8 @@ import httptools
 from blobcache_agent.data.limits import HEADERS_MAX
 from blobcache_agent.data.rejection import Rejection, bad_request, head_too_large
 
+HEAD_END = b"\r\n\r\n"
+
 _REQUEST_LINE = re.compile(
     rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])"
 )

@@ -160,20 +160,44 @@ def blob_head(
         date: The Date header.
         connection: A Connection header line with its line end, or "".
     """
-    lines = f"HTTP/1.1 {status} {PHRASES[status]}\r\nDate: {date}\r\n"
-    # What an origin sent is checked once more before it becomes our header line.
-    if version.etag is not None and _ENTITY_TAG.fullmatch(version.etag):
-        lines += f"ETag: {version.etag}\r\n"
-    if version.last_modified is not None and _FIELD_VALUE.fullmatch(version.last_modified):
-        lines += f"Last-Modified: {version.last_modified}\r\n"
+    frame = HeadFrame.of(status, version, cache_status, date=date, connection=connection)
+    content = b"Content-Length: 0\r\n" if status == 412 else b""
     if span is not None:
-        lines += f"Content-Type: application/octet-stream\r\nContent-Length: {span.length}\r\n"
-    elif status == 412:
-        lines += "Content-Length: 0\r\n"
+        content = content_lines(status, span.start, span.end, version.size_bytes)
+    return frame.before + content + frame.after
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFrame:
+    """A head but for the lines that tell which bytes follow."""
+
+    before: bytes
+    after: bytes
+
+    @classmethod
+    def of(
+        cls,
+        status: int,
+        version: BlobVersion,
+        cache_status: CacheStatus,
+        *,
+        date: str,
+        connection: str,
+    ) -> HeadFrame:
+        """Return the frame; the arguments are those of `blob_head`."""
+        before = f"HTTP/1.1 {status} {PHRASES[status]}\r\nDate: {date}\r\n"
+        # What an origin sent is checked once more before it becomes our header line.
+        if version.etag is not None and _ENTITY_TAG.fullmatch(version.etag):
+            before += f"ETag: {version.etag}\r\n"
+        if version.last_modified is not None and _FIELD_VALUE.fullmatch(version.last_modified):
+            before += f"Last-Modified: {version.last_modified}\r\n"
+        after = f"Accept-Ranges: bytes\r\nCache-Status: blobcache; {cache_status.value}\r\n"
+        return cls(before.encode("latin-1"), f"{after}{connection}\r\n".encode("latin-1"))
+
+
+def content_lines(status: int, start: int, end: int, size_bytes: int) -> bytes:
+    """Return the lines that tell which bytes of a blob follow: `[start, end)`."""
+    lines = b"Content-Type: application/octet-stream\r\nContent-Length: %d\r\n" % (end - start)
     if status == 206:
-        assert span is not None
-        lines += f"Content-Range: bytes {span.start}-{span.end - 1}/{version.size_bytes}\r\n"
-    lines += (
-        f"Accept-Ranges: bytes\r\nCache-Status: blobcache; {cache_status.value}\r\n{connection}\r\n"
-    )
-    return lines.encode("latin-1")
+        lines += b"Content-Range: bytes %d-%d/%d\r\n" % (start, end - 1, size_bytes)
+    return lines

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from blobcache_agent.data import jwt
-from blobcache_agent.data.catalog import Entry, Forbidden, NotReady, Unauthenticated
+from blobcache_agent.data.catalog import Admission, Entry, Forbidden, NotReady, Unauthenticated
 
 AUDIENCE = "blobcache.dev"
 LEEWAY_SECONDS = 30.0
@@ -37,13 +37,33 @@ class AllowAll:
     def check(self, authorization: str | None, entry: Entry) -> None:
         """Permit."""
 
+    def recognize(self, authorization: str | None) -> Admission:
+        """Treat all alike."""
+        return _ANYBODY
+
+
+class _Anybody:
+    """An admission that opens everything."""
+
+    def opens(self, entry: Entry) -> bool:
+        """Permit."""
+        return True
+
+
+_ANYBODY = _Anybody()
+
 
 @dataclass(frozen=True, slots=True)
-class _Verified:
-    """A token that was good."""
+class VerifiedToken:
+    """What is kept of a token that was good."""
 
     namespace: str
     until_time: float
+    """Unix seconds until which it need not be looked at again."""
+
+    def may_read(self, entry: Entry) -> bool:
+        """Whether a pod of its namespace may read a configuration."""
+        return entry.readers == "Cluster" or self.namespace == entry.namespace
 
 
 class TokenAuth:
@@ -57,7 +77,7 @@ class TokenAuth:
         self._now = now
         self._keys: Mapping[str, jwt.Key] | None = None
         self._issuer = ""
-        self._verified: OrderedDict[bytes, _Verified] = OrderedDict()
+        self._verified: OrderedDict[bytes, VerifiedToken] = OrderedDict()
 
     def set_keys(self, jwks: Mapping[str, object], issuer: str) -> None:
         """Replace the cluster's keys (an RFC 7517 set) and the issuer all tokens must name.
@@ -81,24 +101,42 @@ class TokenAuth:
         Before any keys came, no state has been applied either: the lookup will say so.
         """
         if self._keys is not None:
-            self._namespace_of(authorization, self._keys)
+            self._token_of(authorization, self._keys)
 
     def check(self, authorization: str | None, entry: Entry) -> None:
         """Permit pods of the configuration's namespace, or of any for `readers: Cluster`."""
-        if self._keys is None:
-            raise NotReady(
-                "ReaderKeysPending",
-                "the keys to verify readers' tokens have not come from the operator yet",
-            )
-        namespace = self._namespace_of(authorization, self._keys)
-        if entry.readers != "Cluster" and namespace != entry.namespace:
+        token = self._token_of(authorization, self._present_keys())
+        if not token.may_read(entry):
             raise Forbidden(
                 f"pods of namespace '{entry.namespace}' may read this; its BlobCacheConfig may "
                 "say 'readers: Cluster'"
             )
 
-    def _namespace_of(self, authorization: str | None, keys: Mapping[str, jwt.Key]) -> str:
-        """Return the namespace of a valid token.
+    def recognize(self, authorization: str | None) -> Admission:
+        """Return an admission that ends with the token, or when the keys are replaced."""
+        keys = self._present_keys()
+        token = self._token_of(authorization, keys)
+        return _TokenAdmission(self, keys, token)
+
+    def is_valid(self, keys: Mapping[str, jwt.Key], token: VerifiedToken) -> bool:
+        """Whether a token that was good under these keys still is, without another look."""
+        return keys is self._keys and self._now() < token.until_time
+
+    def _present_keys(self) -> Mapping[str, jwt.Key]:
+        """Return the keys in force.
+
+        Raises:
+            NotReady: None have come.
+        """
+        if self._keys is None:
+            raise NotReady(
+                "ReaderKeysPending",
+                "the keys to verify readers' tokens have not come from the operator yet",
+            )
+        return self._keys
+
+    def _token_of(self, authorization: str | None, keys: Mapping[str, jwt.Key]) -> VerifiedToken:
+        """Return a valid token.
 
         Raises:
             Unauthenticated: There is none. Nothing of the token is in the message.
@@ -116,7 +154,7 @@ class TokenAuth:
         if known is not None:
             if now < known.until_time:
                 self._verified.move_to_end(digest)
-                return known.namespace
+                return known
             del self._verified[digest]
         try:
             claims = jwt.verify(token, keys)
@@ -126,8 +164,9 @@ class TokenAuth:
                 f"the token cannot be accepted: {error}. A token for audience '{AUDIENCE}' is "
                 f"needed: {_HOW_TO}"
             ) from error
-        self._remember(digest, namespace, min(expiry_time, now + VERIFIED_SECONDS_MAX))
-        return namespace
+        verified = VerifiedToken(namespace, min(expiry_time, now + VERIFIED_SECONDS_MAX))
+        self._remember(digest, verified)
+        return verified
 
     def _check_claims(self, claims: Mapping[str, object], now: float) -> tuple[str, float]:
         """Return namespace and expiry of claims whose signature is good."""
@@ -151,8 +190,21 @@ class TokenAuth:
             raise jwt.InvalidToken("it is not a service account's")
         return namespace, expiry_time
 
-    def _remember(self, digest: bytes, namespace: str, until_time: float) -> None:
+    def _remember(self, digest: bytes, token: VerifiedToken) -> None:
         """Remember a good token, forgetting the one not used for longest if there are many."""
-        self._verified[digest] = _Verified(namespace, until_time)
+        self._verified[digest] = token
         if len(self._verified) > VERIFIED_MAX:
             self._verified.popitem(last=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenAdmission:
+    """A reader with a token that was good."""
+
+    auth: TokenAuth
+    keys: Mapping[str, jwt.Key]
+    token: VerifiedToken
+
+    def opens(self, entry: Entry) -> bool:
+        """Whether the token is still good, and good for this."""
+        return self.auth.is_valid(self.keys, self.token) and self.token.may_read(entry)

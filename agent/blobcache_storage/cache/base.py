@@ -100,6 +100,31 @@ class BlobRead(abc.ABC):
         await self.aclose()
 
 
+class Hit(abc.ABC):
+    """Verified bytes of a file, found without a wait and without a handle.
+
+    It holds nothing: `fd` is good until whoever found it gives the loop its turn. By then one of
+    `done` and `rest` has been called, once, or none if nothing was sent: then nothing was read.
+    """
+
+    __slots__ = ("end", "fd", "start", "version")
+
+    version: BlobVersion
+    fd: int
+    """The blob's bytes, at their own offsets."""
+    start: int
+    end: int
+    """Exclusive."""
+
+    @abc.abstractmethod
+    def done(self) -> None:
+        """Count a read all of whose bytes were sent."""
+
+    @abc.abstractmethod
+    def rest(self, sent_bytes: int) -> BlobRead:
+        """Count a read and return what is left of it after so many bytes, at least one."""
+
+
 class BlobCache(abc.ABC):
     """One blob through one manager: a counted handle, to be closed by who asked for it."""
 
@@ -225,6 +250,20 @@ class BlobCacheMgr(abc.ABC):
         Raises:
             InvalidBlobId: The backend can have no such blob.
         """
+
+    def hit(self, blob_id: str, first: int, last: int | None) -> Hit | None:
+        """Return bytes that `read` would answer as a hit from the file, if it can be told at once.
+
+        Args:
+            blob_id: As a reader names it.
+            first: Offset of the first byte.
+            last: Offset of the last one, which may lie beyond the blob's end; None for all.
+
+        Returns:
+            None where there is anything to wait for, to fetch or to refuse: `read` does it.
+        """
+        del blob_id, first, last
+        return None
 
     @abc.abstractmethod
     def gc(self, blob_id: str | None) -> bool:

@@ -23,6 +23,7 @@ from blobcache_storage.cache.base import (
     BlobUsage,
     CacheStatus,
     EvictionResult,
+    Hit,
     ManagerStats,
     Victim,
 )
@@ -36,6 +37,7 @@ from blobcache_storage.cache.fill import Fetch, Origin
 from blobcache_storage.cache.finding import Finder, Remembered
 from blobcache_storage.cache.generation import Generation
 from blobcache_storage.cache.handle import Handles
+from blobcache_storage.cache.hits import find_hit
 from blobcache_storage.cache.pools import Throttle, WorkerPool
 from blobcache_storage.cache.prefetch import Prefetcher
 from blobcache_storage.cache.reading import CachedRead
@@ -84,6 +86,10 @@ def check_chunk_size(chunk_size_bytes: int) -> int:
             f" {CHUNK_SIZE_BYTES_MAX} bytes, not {chunk_size_bytes}"
         )
     return chunk_size_bytes
+
+
+def _mismatch(blob_id: str) -> DigestMismatch:
+    return DigestMismatch(f"the blob '{blob_id}' has not the digest that names it")
 
 
 class FileCacheMgr(BlobCacheMgr):
@@ -207,7 +213,8 @@ class FileCacheMgr(BlobCacheMgr):
     async def _read(
         self, blob_id: str, sha256: bytes | None, request: RangeRequest, source: RequestSource
     ) -> BlobRead:
-        self._check_quarantine(blob_id)
+        if self.is_quarantined(blob_id):
+            raise _mismatch(blob_id)
         found = await self.finder.find(blob_id, request, source)
         if found is None:
             return await self._relay_read(blob_id, sha256, request, source)
@@ -217,17 +224,10 @@ class FileCacheMgr(BlobCacheMgr):
         check = None
         if sha256 is not None and is_whole and generation.whole_sha256 != sha256:
             check = self.check_of(generation, sha256)
-        may_store = self._may_store()
-        read = CachedRead(
-            self,
-            generation,
-            span,
-            self._status(generation, span, is_new, may_store),
-            source,
-            check=check,
-            may_store=may_store,
-            relay_status=self._relay_status(),
-            ahead_end=self._ahead_end(generation, span),
+        status = self._status(generation, span, is_new, self._may_store())
+        ahead_end = self.ahead_end(generation, span.start, span.end)
+        read = self.new_read(
+            generation, span, status, source=source, check=check, ahead_end=ahead_end
         )
         try:
             await read.prepare()
@@ -236,6 +236,33 @@ class FileCacheMgr(BlobCacheMgr):
             raise
         self.table.touch(generation)
         return read
+
+    def new_read(
+        self,
+        generation: Generation,
+        span: ByteRange,
+        status: CacheStatus,
+        *,
+        source: RequestSource = RequestSource.ON_DEMAND,
+        check: WholeCheck | None = None,
+        ahead_end: int,
+    ) -> CachedRead:
+        """Return a read, which holds the generation from now on; see there."""
+        return CachedRead(
+            self,
+            generation,
+            span,
+            status,
+            source,
+            check=check,
+            may_store=self._may_store(),
+            relay_status=self._relay_status(),
+            ahead_end=ahead_end,
+        )
+
+    @override
+    def hit(self, blob_id: str, first: int, last: int | None) -> Hit | None:
+        return None if self._destroyed else find_hit(self, blob_id, first, last)
 
     def _status(
         self, generation: Generation, span: ByteRange, is_new: bool, may_store: bool
@@ -259,18 +286,20 @@ class FileCacheMgr(BlobCacheMgr):
         cooling = self._runtime.clock.monotonic() < self._cool_until
         return not (self._cache.suspend or cooling or self._destroyed)
 
-    def _ahead_end(self, generation: Generation, span: ByteRange) -> int:
-        """Return up to which chunk to fetch: further if requests follow one another."""
+    def ahead_end(self, generation: Generation, start: int, end: int) -> int:
+        """Note a read; return up to which chunk to fetch: further if reads follow one another."""
         last = generation.last_read_end
-        follows = last is not None and 0 <= span.start - last < generation.chunk_size_bytes
-        if follows and span.length:
+        follows = last is not None and 0 <= start - last < generation.chunk_size_bytes
+        if follows and end > start:
             doubled = max(2 * generation.read_ahead_bytes, READ_AHEAD_BYTES_MIN)
             generation.read_ahead_bytes = min(doubled, self.origin.pace.segment_bytes)
         else:
             generation.read_ahead_bytes = 0
-        generation.last_read_end = span.end
-        ahead = min(span.end + generation.read_ahead_bytes, generation.version.size_bytes)
-        return generation.chunks_of(ByteRange(span.start, ahead))[1]
+        generation.last_read_end = end
+        if end == start:
+            return 0
+        ahead = min(end + generation.read_ahead_bytes, generation.version.size_bytes)
+        return (ahead - 1) // generation.chunk_size_bytes + 1
 
     async def _relay_read(
         self, blob_id: str, sha256: bytes | None, request: RangeRequest, source: RequestSource
@@ -323,7 +352,7 @@ class FileCacheMgr(BlobCacheMgr):
         if generation is not None:
             self.table.retire(generation)
         self._quarantined.add(blob_id)
-        self._note_failure(DigestMismatch(f"the blob '{blob_id}' has not the digest that names it"))
+        self._note_failure(_mismatch(blob_id))
         _log.warning("Quarantined a blob of the wrong digest", extra={"blob_id": blob_id})
 
     def note_corrupt(self, generation: Generation) -> None:
@@ -353,9 +382,9 @@ class FileCacheMgr(BlobCacheMgr):
     def _note_success(self) -> None:
         self._degraded = None
 
-    def _check_quarantine(self, blob_id: str) -> None:
-        if blob_id in self._quarantined:
-            raise DigestMismatch(f"the blob '{blob_id}' has not the digest that names it")
+    def is_quarantined(self, blob_id: str) -> bool:
+        """Whether a blob is refused, having proved to be wrong."""
+        return blob_id in self._quarantined
 
     # -- looking after itself ----------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import structlog
 from prometheus_client import CollectorRegistry
@@ -25,8 +27,7 @@ HIT = ResponseRecord(
 
 def record(**changes: object) -> ResponseRecord:
     """Return a hit with some fields changed."""
-    fields = {name: getattr(HIT, name) for name in HIT.__slots__}
-    return ResponseRecord(**{**fields, **changes})
+    return HIT._replace(**changes)
 
 
 @pytest.fixture
@@ -93,13 +94,38 @@ def test_reasons_are_a_closed_set(observer: RequestObserver, registry: Collector
 def test_one_line_per_answer(
     observer: RequestObserver,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
     changes: dict[str, object],
     level: str,
 ) -> None:
     """Hits are for debugging, failures of ours are warnings."""
+    caplog.set_level(logging.DEBUG)
     with structlog.testing.capture_logs() as lines:
         monkeypatch.setattr("blobcache_agent.observer.log", structlog.get_logger())
         observer.on_response(record(**changes))
     (line,) = lines
     assert line["log_level"] == level
     assert (line["namespace"], line["config"], line["blob_id"]) == ("demo", "models", "a/b")
+
+
+def test_nothing_is_written_of_a_hit_by_default(
+    observer: RequestObserver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A hit is counted; its line is not even made where nobody wants it."""
+    caplog.set_level(logging.INFO)
+    with structlog.testing.capture_logs() as lines:
+        monkeypatch.setattr("blobcache_agent.observer.log", structlog.get_logger())
+        observer.on_response(HIT)
+    assert lines == []
+
+
+def test_durations(observer: RequestObserver, registry: CollectorRegistry) -> None:
+    """A duration is counted in its bucket and all longer ones, bounds included."""
+    for seconds in (0.0005, 0.001, 0.3, 1000.0):
+        observer.on_response(record(duration_seconds=seconds))
+    name = "blobcache_agent_request_seconds"
+    buckets = {"0.001": 2, "0.1": 2, "0.5": 3, "300.0": 3, "+Inf": 4}
+    for bound, count in buckets.items():
+        assert registry.get_sample_value(f"{name}_bucket", {"le": bound}) == count
+    assert registry.get_sample_value(f"{name}_count") == 4
+    assert registry.get_sample_value(f"{name}_sum") == pytest.approx(1000.3015)

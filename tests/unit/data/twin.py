@@ -22,7 +22,7 @@ from blobcache_agent.data.catalog import (
 from blobcache_agent.data.limits import Limits
 from blobcache_agent.data.server import DataServer
 from blobcache_agent.data.tokens import AllowAll
-from blobcache_storage.cache.base import BlobCache, BlobRead, CacheStatus, FileSpan, Piece
+from blobcache_storage.cache.base import BlobCache, BlobRead, CacheStatus, FileSpan, Hit, Piece
 from blobcache_storage.device import (
     BlobVersion,
     ByteRange,
@@ -176,6 +176,10 @@ class TwinEntry:
     def open(self, blob_id: str) -> BlobCache:
         """Return a handle."""
         return TwinCache(blob_id, self.blobs.get(blob_id))
+
+    def hit(self, blob_id: str, first: int, last: int | None) -> Hit | None:
+        """Leave all to reads."""
+        return None
 
 
 @dataclass
