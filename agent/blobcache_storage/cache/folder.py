@@ -69,6 +69,9 @@ class Folder:
         self.budget = ConfigBudget(root.budget)
         self.orphaned_time: float | None = None
         self.claimed = False
+        self.undeleted: dict[str, int] = {}
+        """Stems of files that are no entry's and could not be deleted, with what they take: it
+        counts as used, and they are tried again (`orphans.delete_rest`)."""
         self.doomed = False
         """Its configuration was deleted: it goes as soon as nobody claims it."""
         self._fd: int | None = None

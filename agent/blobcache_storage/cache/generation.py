@@ -104,6 +104,8 @@ class Generation:
         self.files = BlobFiles(folder, entry.stem, self.header, runtime.disk)
         self.retired = False
         """No longer what the blob's id means; closed and forgotten once its readers are gone."""
+        self.files_stay = False
+        """Its files could not be deleted: what they take stays counted when it is closed."""
         self.closed = False
         self._on_closed = on_closed
         self.whole_sha256: bytes | None = None
@@ -418,8 +420,14 @@ class Generation:
         """Note that its files are gone or going; their bytes count until it is closed."""
         self.retired = True
         if self.closed:
+            self._uncount()
+
+    def _uncount(self) -> None:
+        if self.files_stay:
+            self.folder.undeleted[self.entry.stem] = self.entry.bytes
+        else:
             self.folder.budget.give_back(self.entry.bytes)
-            self.entry.bytes = 0
+        self.entry.bytes = 0
 
     def close_if_idle(self) -> bool:
         """Close the files unless it is in use; whether they are closed now."""
@@ -436,5 +444,4 @@ class Generation:
         self._on_closed(self)
         self.files.close()
         if self.retired:
-            self.folder.budget.give_back(self.entry.bytes)
-            self.entry.bytes = 0
+            self._uncount()

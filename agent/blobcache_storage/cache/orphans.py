@@ -85,7 +85,8 @@ async def delete_folder(root: CacheRoot, folder: Folder) -> None:
         if folder.claimed:
             return  # its configuration came back meanwhile
         await _delete(folder, entry)
-    if folder.claimed or folder.entries:
+    await delete_rest(folder)
+    if folder.claimed or folder.entries or folder.undeleted:
         return
     # Out of the table first: an adoption from now on makes a new folder object, and its
     # `directory` the directory anew.
@@ -95,6 +96,16 @@ async def delete_folder(root: CacheRoot, folder: Folder) -> None:
     except OSError as error:
         # Somebody else's file is in it: what was ours is gone, and the folder may stay.
         _log.warning("Could not remove a folder", extra={"error": str(cache_error(error))})
+
+
+async def delete_rest(folder: Folder) -> None:
+    """Try again to delete what could not be deleted, and give back its bytes."""
+    for stem in list(folder.undeleted):
+        try:
+            await folder.root.runtime.flusher.run(lambda stem=stem: folder.unlink(stem))  # type: ignore[misc]
+        except OSError:
+            continue  # told when it failed first
+        folder.budget.give_back(folder.undeleted.pop(stem, 0))
 
 
 async def _delete(folder: Folder, entry: CatalogEntry) -> int:

@@ -126,7 +126,7 @@ class Reclaimer:
 
     async def _evict(self, entry: CatalogEntry) -> int:
         freed = await self._table.remove(entry)
-        self._counters.evicted_blobs += 1
+        self._counters.evicted_blobs += freed > 0
         self._counters.evicted_bytes += freed
         return freed
 

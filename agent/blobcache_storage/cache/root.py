@@ -41,6 +41,7 @@ from blobcache_storage.cache.index import (
 from blobcache_storage.cache.orphans import (
     OrphanBlob,
     delete_folder,
+    delete_rest,
     evict_for,
     evict_victims,
     list_orphans,
@@ -190,6 +191,7 @@ class CacheRoot:
             await self.make_room(0)
         now = runtime.clock.time()
         for folder in list(self.folders.values()):
+            await delete_rest(folder)
             since = folder.orphaned_time
             is_old = since is not None and now - since >= ORPHAN_SECONDS_MAX
             if not folder.claimed and (is_old or folder.doomed):

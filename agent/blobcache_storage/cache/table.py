@@ -176,12 +176,12 @@ class BlobTable:
     async def _finish_retiring(self, generation: Generation) -> None:
         # The writer makes the files at its first write: unlinked before, they would come back.
         await generation.writer.drain()
-        await self._unlink(generation.entry.stem)
+        await self._unlink(generation.entry, generation)
         self.release(generation)
         generation.close_if_idle()
 
     async def remove(self, entry: CatalogEntry) -> int:
-        """Delete an idle blob's files; returns the bytes that frees.
+        """Delete an idle blob's files; returns the bytes that frees: 0 if they cannot be deleted.
 
         It is gone from the table before the disk is touched: a read that comes meanwhile starts
         a new generation with files of its own.
@@ -191,27 +191,36 @@ class BlobTable:
         del self.folder.entries[entry.blob_id]
         generation = self._open.pop(entry.blob_id, None)
         if generation is None or generation.closed:
-            await self.remove_files(entry)
-            return freed
+            return freed if await self.remove_files(entry) else 0
         generation.retire()
         self._retired.add(generation)
-        await self._unlink(entry.stem)
+        is_gone = await self._unlink(entry, generation)
         generation.close_if_idle()
-        return freed
+        return freed if is_gone else 0
 
-    async def remove_files(self, entry: CatalogEntry) -> None:
-        """Delete the files of an entry that is not open, and give its bytes back."""
-        await self._unlink(entry.stem)
+    async def remove_files(self, entry: CatalogEntry) -> bool:
+        """Delete the files of an entry that is not open, and give its bytes back; if it could."""
+        is_gone = await self._unlink(entry)
         self.folder.budget.give_back(entry.bytes)
         entry.bytes = 0
+        return is_gone
 
-    async def _unlink(self, stem: str) -> None:
+    async def _unlink(self, entry: CatalogEntry, generation: Generation | None = None) -> bool:
+        """Delete an entry's files; where that fails what they take stays counted."""
+        counted = entry.bytes
         try:
-            await self._runtime.flusher.run(lambda: self.folder.unlink(stem))
+            await self._runtime.flusher.run(lambda: self.folder.unlink(entry.stem))
         except OSError as error:
-            # The next start removes what is left; until then the disk has its own floor.
             _log.warning("Could not delete a cached blob", extra={"error": str(cache_error(error))})
+            if generation is not None and not generation.closed:
+                generation.files_stay = True
+            else:
+                self.folder.budget.take(counted - entry.bytes)  # if it was closed meanwhile
+                self.folder.undeleted[entry.stem] = counted
+                entry.bytes = 0
             self._on_disk_error(error)
+            return False
+        return True
 
     def close_idle(self, blob_id: str | None) -> None:
         """Close what nobody uses: one blob, or all."""

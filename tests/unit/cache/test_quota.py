@@ -19,6 +19,7 @@ from blobcache_storage.device import BlobInfo, RangeRequest
 from blobcache_storage.errors import ConfigError
 from blobcache_storage.testing.cache_suite import until
 from blobcache_storage.testing.memory_backend import Fault, MemoryBackend
+from blobcache_storage.testing.recorder import RecordingDisk
 
 BLOB = 10 * CHUNK
 """Takes 41 blocks: ten chunks and a map."""
@@ -286,3 +287,53 @@ async def test_what_is_on_its_way_is_not_free(start: StartRig) -> None:
     assert (await reading)[1] is CacheStatus.MISS_STORED
     await rig.durable()
     assert rig.root.budget.unwritten_bytes == 0
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+async def test_what_cannot_be_deleted_counts_until_it_is(start: StartRig, is_open: bool) -> None:
+    """A disk that refuses to delete must not be taken for one that has room."""
+    disk = RecordingDisk()
+    rig = await start(disk=disk)
+    await fill(rig, "a", "b")
+    if not is_open:
+        rig.manager.gc(None)
+    used = rig.manager.stats().bytes
+    disk.fail_kinds, disk.fail_at, disk.fail_until = frozenset({"unlink"}), 1, 1 << 30
+    (usage,) = (found for found in rig.manager.usage() if found.blob_id == "a")
+    await rig.manager.evict([Victim("a", usage.version, float("inf"))])
+    assert cached(rig) == {"b"}
+    assert rig.manager.stats().bytes == rig.root.budget.used_bytes == used
+    assert len(list(rig.directory.glob("v1/*/*.data"))) == 2
+    assert rig.manager.stats().degraded_reason == "DiskError"
+    disk.fail_at = 0
+    rig.manager.check_stat()
+    await rig.settled()
+    assert rig.manager.stats().bytes == rig.root.budget.used_bytes == ON_DISK
+    assert len(list(rig.directory.glob("v1/*/*.data"))) == 1
+
+
+async def test_a_version_that_cannot_be_deleted_counts_beside_its_successor(
+    start: StartRig,
+) -> None:
+    """Also while somebody still reads it."""
+    disk = RecordingDisk()
+    rig = await start(disk=disk)
+    await fill(rig, "a")
+    with rig.manager.get_blob_cache(BlobInfo("a")) as cache:
+        read = await cache.read(RangeRequest())
+    disk.fail_kinds, disk.fail_at, disk.fail_until = frozenset({"unlink"}), 1, 1 << 30
+    generation = rig.manager.table.current("a")
+    assert generation is not None
+    rig.manager.table.retire(generation)
+    await rig.settled()
+    assert len(await collect(read)) == BLOB
+    await read.aclose()
+    assert rig.manager.stats().bytes == ON_DISK
+    disk.fail_at = 0
+    rig.clock.advance(60)  # type: ignore[union-attr]
+    await fill(rig, "a")
+    assert rig.manager.stats().bytes == 2 * ON_DISK
+    await rig.manager.destroy()
+    await rig.root.look_after()
+    assert rig.root.budget.used_bytes == ON_DISK
+    assert len(list(rig.directory.glob("v1/*/*.data"))) == 1
