@@ -264,7 +264,10 @@ class BlobFactory:
             self._checker = asyncio.create_task(self._check_forever(), name="manager-checker")
 
     def check_cache_stat(self) -> None:
-        """Let each manager look after itself; one that fails does not stop the others."""
+        """Let managers, and roots without one, look after themselves.
+
+        One that fails does not stop the others.
+        """
         for key, managed in list(self._managed.items()):
             try:
                 managed.manager.check_stat()
@@ -272,6 +275,11 @@ class BlobFactory:
                     self._collect(key, None)
             except Exception:
                 _log.exception("Cache manager's check failed", extra={"config_id": key.id})
+        for opening in self._roots.values():
+            if opening.done() and not opening.cancelled() and opening.exception() is None:
+                root = opening.result()
+                if not root.members:  # else they do it
+                    root.check_stat()
 
     def new_backend(
         self, config: BackendConfig, blob_id: str, *, environment: BackendEnvironment | None = None
@@ -302,7 +310,9 @@ class BlobFactory:
         while self._roots:
             _, opening = self._roots.popitem()
             with contextlib.suppress(ConfigError):
-                await asyncio.to_thread((await opening).close)
+                root = await opening
+                await root.settled()
+                await asyncio.to_thread(root.close)
 
     async def _check_forever(self) -> None:
         while True:

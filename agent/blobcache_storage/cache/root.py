@@ -17,13 +17,16 @@ are kept in memory and belong to the event loop, and only file operations run in
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Self
 
 from blobcache_storage.cache.base import EvictionResult, Victim
 from blobcache_storage.cache.budget import RootBudget
+from blobcache_storage.cache.disk import cache_error
 from blobcache_storage.cache.folder import (
     READ_DIRECTORY,
     Folder,
@@ -59,6 +62,7 @@ ORPHAN_SECONDS_MAX = 24 * 3600.0
 """How long the bytes of a configuration that nobody claims are kept."""
 
 _FOREIGN_WRITE_BITS = 0o022
+_log = logging.getLogger(__name__)
 
 
 class CacheRoot:
@@ -72,6 +76,7 @@ class CacheRoot:
         self.members: dict[str, Reclaimer] = {}
         """By folder name: who evicts for each claimed folder."""
         self._looking_after = False
+        self._upkeep: asyncio.Task[None] | None = None
         self._index_saved = runtime.clock.monotonic()
         self._root_fd = -1
         self._lock_fd = -1
@@ -170,6 +175,22 @@ class CacheRoot:
         if not self.budget.has_room(length):
             await make_room_in_root(self, list(self.members.values()), length)
             self.budget.observe_free(await self.runtime.flusher.run(self.observe_free))
+
+    def check_stat(self) -> None:
+        """Look after itself in the background: for roots that no manager looks after."""
+        if self._upkeep is None or self._upkeep.done():
+            self._upkeep = asyncio.get_running_loop().create_task(self._try_to_look_after())
+
+    async def _try_to_look_after(self) -> None:
+        try:
+            await self.look_after()
+        except OSError as error:
+            _log.warning("Could not look after the root", extra={"error": str(cache_error(error))})
+
+    async def settled(self) -> None:
+        """Return when no work is left in the background."""
+        if self._upkeep is not None:
+            await asyncio.wait([self._upkeep])
 
     async def look_after(self) -> None:
         """Keep the floor of free space, delete old orphans, rewrite the index when due.
