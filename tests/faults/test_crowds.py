@@ -247,6 +247,6 @@ def test_descriptors_never_run_out(tmp_path: Path) -> None:
         assert refused >= SMALL_BLOBS // 4, "void: there was room for all"
         assert idle.get("cut off: ConnectionResetError", 0) <= SMALL_BLOBS // 20
         assert slow["members at the end"] >= 100, "void: few places were taken for long"
-        assert drip["drips"] >= 1000, "void: nobody dripped"
+        assert drip["drips"] >= 300, "void: nobody dripped"
         assert len(healthy.seconds) >= 50, "void: too few others"
         assert "could not be accepted" not in agent.child.log_text()
