@@ -145,6 +145,15 @@ PROGRAMS = {
             minutes=1,
         ),
         Program(
+            name="oci-conformance",
+            family="conformance",
+            module="github.com/opencontainers/distribution-spec/conformance",
+            package="github.com/opencontainers/distribution-spec/conformance",
+            probe=("--version",),
+            accepted=r"^oci-conformance {version}$",
+            minutes=1,
+        ),
+        Program(
             name="helm",
             family="helm",
             module="helm.sh/helm/v3",

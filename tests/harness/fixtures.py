@@ -19,6 +19,8 @@ PROGRAMS_BY_MARKER = {
     "control_plane": ("etcd", "kube-apiserver", "kubectl"),
     "registry": ("registry",),
     "helm": ("helm",),
+    "containerd": ("containerd", "ctr"),
+    "conformance": ("oci-conformance",),
 }
 MARKER_BY_FIXTURE = {"control_plane": "control_plane", "registry_server": "registry"}
 

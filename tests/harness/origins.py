@@ -287,9 +287,12 @@ class RegistryServer(_Origin):
             "config": _descriptor("application/vnd.oci.empty.v1+json", config, len(EMPTY_CONFIG)),
             "layers": layers,
         }
-        data = json.dumps(manifest).encode()
+        return self.push_raw_manifest(repository, tag, json.dumps(manifest).encode(), MANIFEST_TYPE)
+
+    def push_raw_manifest(self, repository: str, tag: str, data: bytes, media_type: str) -> str:
+        """Upload a manifest as it is and return its digest."""
         url = f"{self.direct_url}/v2/{repository}/manifests/{tag}"
-        self._ask("PUT", url, data=data, headers={"Content-Type": MANIFEST_TYPE})
+        self._ask("PUT", url, data=data, headers={"Content-Type": media_type})
         return digest_of(data)
 
     def delete_blob(self, repository: str, digest: str) -> None:

@@ -109,10 +109,9 @@ class HostsFiles:
 
     def _write(self, host: str, entry: Entry) -> Outcome:
         record = self._record_of(host)
-        if record is not None and record.had_file:
-            if not os.path.lexists(self._keep_of(host) / _FORMER):
-                self._restore(record)
-                record = None
+        if record is not None and record.had_file and not os.path.lexists(self._former_of(host)):
+            self._restore(record)
+            record = None
         try:
             if record is None:
                 return self._begin(host, entry)
@@ -143,7 +142,7 @@ class HostsFiles:
     def _renew(self, record: Record, entry: Entry) -> Outcome:
         """Write it again if it should read otherwise, unless somebody else has changed it."""
         file = self._certs / record.folder / HOSTS_FILE
-        former = _read(self._keep_of(record.host) / _FORMER) if record.had_file else None
+        former = _read(self._former_of(record.host)) if record.had_file else None
         text = join(_decode(former or b""), entry).encode()
         found = _read(file)
         if found == text:
@@ -229,6 +228,9 @@ class HostsFiles:
         first = self._certs / (f"{name}_{port}_" if colon and name else host)
         plain = self._certs / host
         return plain if plain.is_dir() and not first.is_dir() else first
+
+    def _former_of(self, host: str) -> Path:
+        return self._keep_of(host) / _FORMER
 
     def _keep_of(self, host: str) -> Path:
         return self._own / re.sub(r"[^a-z0-9.-]", "_", host)
