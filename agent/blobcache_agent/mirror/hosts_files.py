@@ -247,7 +247,7 @@ class HostsFiles:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self._own / _LOCK).open("w") as lock:
+        with (self._own / _LOCK).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
