@@ -23,6 +23,7 @@ def main(arguments: list[str]) -> None:
     """Make the root, say that it is done, and reap until told to end."""
     folder, name, *shared = arguments
     root = Path(folder) / "root"
+    here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     _mount_root(Path(folder), root)
     for inside in OWN_FOLDERS:
         _mount("--bind", str(Path(folder) / inside.replace("/", "-")), str(root / inside))
@@ -32,7 +33,10 @@ def main(arguments: list[str]) -> None:
     _enter(root)
     _run("hostname", name)
     _run("ip", "link", "set", "lo", "up")
-    Path(folder, "ready").touch()
+    # By what was opened before: `folder` is not to be seen from the new root.
+    os.close(os.open("ready", os.O_CREAT | os.O_WRONLY, 0o600, dir_fd=here))
+    os.close(here)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     while True:
         with contextlib.suppress(ChildProcessError):

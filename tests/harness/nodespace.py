@@ -200,6 +200,13 @@ class NodeSpace:
 
     def start(self) -> None:
         """Make the space and wait until it can be entered."""
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self) -> None:
         for inner in ("root", "changes", "work", "var-lib", "var-log"):
             (self.folder / inner).mkdir(parents=True, exist_ok=True)
         self._make_cgroups()
