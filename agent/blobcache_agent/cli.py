@@ -63,6 +63,24 @@ def _option(flag: str, *names: str, **attributes: Any) -> Callable[[_Decorated],
     )
 
 
+def _logging() -> list[Callable[[Any], Any]]:
+    """Return the options about the log."""
+    return [
+        _option(
+            "--log-level",
+            default="info",
+            type=click.Choice(LEVELS),
+            help="Least level written; debug adds a line for each hit.",
+        ),
+        _option(
+            "--log-format",
+            default="auto",
+            type=click.Choice(("auto", "json", "console")),
+            help="auto is JSON unless stderr is a terminal.",
+        ),
+    ]
+
+
 def _common(listen_default: str) -> Callable[[_Decorated], _Decorated]:
     """Return a decorator with the flags that both commands take."""
     options = [
@@ -118,18 +136,7 @@ def _common(listen_default: str) -> Callable[[_Decorated], _Decorated]:
             help="Answer containerd's pulls from registry HOST at /v2/ by this configuration, "
             "which must name HOST as its registry, or REGISTRY where HOST's images are there.",
         ),
-        _option(
-            "--log-level",
-            default="info",
-            type=click.Choice(LEVELS),
-            help="Least level written; debug adds a line for each hit.",
-        ),
-        _option(
-            "--log-format",
-            default="auto",
-            type=click.Choice(("auto", "json", "console")),
-            help="auto is JSON unless stderr is a terminal.",
-        ),
+        *_logging(),
     ]
 
     def decorate(command: _Decorated) -> _Decorated:

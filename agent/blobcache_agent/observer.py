@@ -35,12 +35,16 @@ REASON_OTHER = "Other"
 _OWN_REASONS = (
     "BadRequest",
     "BodyNotAllowed",
+    "DigestInvalid",
     "Forbidden",
     "HeadTooLarge",
     "InsecureTLSRefused",
     "InternalError",
     "LocalFSRefused",
+    "ManifestNotFound",
     "MethodNotAllowed",
+    "MirrorMisbound",
+    "NameInvalid",
     "NoStateApplied",
     "NotApplied",
     "NotFound",
@@ -51,9 +55,11 @@ _OWN_REASONS = (
     "SecretKeysUnfit",
     "ShuttingDown",
     "SlowReader",
+    "TagInvalid",
     "TooManyConnections",
     "Unauthenticated",
     "UnknownConfig",
+    "UnknownHost",
     "VersionNotSupported",
 )
 SECONDS_BOUNDS = (0.001, 0.005, 0.02, 0.1, 0.5, 2.5, 10.0, 60.0, 300.0)

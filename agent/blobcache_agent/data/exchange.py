@@ -118,6 +118,7 @@ class Exchange:
         except ReaderGone:
             raise
         except Exception as error:
+            self._service = self._service or self._owner_of(head)
             await self._fail(error)
 
     async def _serve(self, request: Request) -> None:
@@ -150,6 +151,14 @@ class Exchange:
         self._status = begun.status
         async with begun.read as read:
             await self._send_body(read, (begun.status, begun.head_left))
+
+    def _owner_of(self, head: Head) -> Service | None:
+        """Return whose words say what is wrong with a request that could not be parsed."""
+        service = self._services.service
+        if service is None or not isinstance(head, bytes):
+            return None
+        target = head.partition(b" ")[2].partition(b" ")[0]
+        return service if service.owns(target.decode("latin-1")) else None
 
     async def _serve_for(self, service: Service, request: Request) -> None:
         """Send what another service answers; who may read is its business."""

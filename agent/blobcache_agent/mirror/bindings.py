@@ -87,6 +87,14 @@ class Bindings:
         """Count."""
         return len(self._by_host)
 
+    def __eq__(self, other: object) -> bool:
+        """Compare by what is bound."""
+        return isinstance(other, Bindings) and self._by_host == other._by_host
+
+    def __hash__(self) -> int:
+        """Hash what is bound."""
+        return hash(tuple(sorted(self._by_host)))
+
     def find(self, host: str | None) -> Binding | None:
         """Return the binding of a host as a client names it.
 

@@ -166,7 +166,11 @@ class Mirror:
             self._close_in_background(Upstream(inquiry, RegistryMemory()))
             return raced.upstream
         memory = RegistryMemory()
-        memory.load(self._kept.pop(_place(binding, backend), None))
+        place = _place(binding, backend)
+        memory.load(self._kept.pop(place, None))
+        if raced is not None and _place(binding, raced.backend) == place:
+            # Time-outs or trust have changed, not where the public repositories are.
+            memory.load(raced.upstream.memory.dump())
         upstream = Upstream(inquiry, memory)
         if raced is not None:
             self._close_in_background(raced.upstream)

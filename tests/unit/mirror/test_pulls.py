@@ -352,3 +352,13 @@ async def test_hostile_paths(registry: FakeRegistry, world: World) -> None:
         refused = await world.ask(f"/v2/a/manifests/x?{query}")
         assert refused.status in (400, 404), query
     assert not registry.seen
+
+
+async def test_what_is_not_http_is_said_in_the_same_words(world: World) -> None:
+    """A push, and a head that cannot be parsed."""
+    pushed = await world.ask("/v2/a/blobs/uploads/", method="POST")
+    assert code_of(pushed) == (405, "UNSUPPORTED", "MethodNotAllowed")
+    broken = await world.ask("/v2/a/manifests/x", Content_Length="x")
+    assert code_of(broken)[0] == 400
+    elsewhere = await world.ask("/v1/blobs/a/b/c", method="POST")
+    assert json.loads(elsewhere.body)["code"] == "MethodNotAllowed"
