@@ -1,11 +1,11 @@
 """
-Process 1 of a `NodeSpace`: gives it a root file system of its own, then reaps what nobody else does.
+Process 1 of a `NodeSpace`: gives it a root file system, then reaps what nobody else does.
 
 Run by `unshare` in fresh mount, process, network, host-name and IPC namespaces as
 `python -I -S _node_init.py FOLDER NAME SHARED...`. The root is the machine's own, seen through an
 overlay that keeps each change in FOLDER/changes; folders in which containers' layers or the cache
-lie are real ones below FOLDER, for an overlay does not stand on another. When this process ends, the
-kernel ends all others of the space and its mounts and network with them.
+lie are real ones below FOLDER, for an overlay does not stand on another. When this process ends,
+the kernel ends all others of the space and its mounts and network with them.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """
 Real containerds, each in a `NodeSpace`: Debian's 1.6 and a 2.2 built from the Go module proxy.
 
-For pulls no more is needed: `with NodeNetwork() as network, Containerd(folder, "2.2", network) as c:
-c.pull("198.18.0.253:5000/app:1")`. Below a kubelet the same containerd runs a node's pods.
+For pulls no more is needed: `with NodeNetwork() as network, Containerd(folder, "2.2", network) as
+containerd: containerd.pull("198.18.0.253:5000/app:1")`. With a kubelet beside it, it is a node.
 """
 
 import shutil

@@ -38,7 +38,7 @@ TOOLS = {
 
 _INIT = Path(__file__).with_name("_node_init.py")
 _CGROUPS = Path("/sys/fs/cgroup")
-_BLOCK = ipaddress.ip_network("198.18.0.0/15")
+_BLOCK = ipaddress.IPv4Network("198.18.0.0/15")
 """For tests between networks (RFC 2544): no machine is at home there."""
 
 
