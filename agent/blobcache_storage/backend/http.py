@@ -285,6 +285,9 @@ class HTTPBackend(BlobBackend):
         if response.status in (200, 206, 416):
             return response
         self._forget_shortcut(blob_id)
+        if response.status in (429, 503):
+            # It is good still and its host is busy: asking anew at once would lead back there.
+            return response
         await read_error_body(response, self._config.timeout_seconds)
         return None
 

@@ -24,6 +24,7 @@ from urllib.parse import parse_qsl, unquote
 
 HEAD_BYTES_MAX: Final = 64 * 1024
 SEND_BYTES: Final = 64 * 1024
+DEAF_FILLERS: Final = 4
 _RANGE: Final = re.compile(r"bytes=(\d*)-(\d*)")
 
 
@@ -155,6 +156,7 @@ class FaultOrigin:
         """Requests met with a misbehaviour."""
         self._address = address
         self._reserved: socket.socket | None = None
+        self._deaf: list[socket.socket] = []
         self._next: deque[Misbehaviour] = deque()
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -201,7 +203,11 @@ class FaultOrigin:
             self._reserved = None
 
     async def start(self) -> None:
-        """Listen, after a `stop` at the same port."""
+        """Listen, after a `stop` at the same port; no effect while it does."""
+        if self._deaf:
+            await self.stop()
+        if self._server is not None:
+            return
         if self._reserved is None:
             # Bound and never listening: while the server is stopped, nobody else gets its port.
             self._reserved = socket.socket()
@@ -212,8 +218,30 @@ class FaultOrigin:
             self._accept, self._address, self.port, ssl=self.tls, limit=HEAD_BYTES_MAX
         )
 
+    async def deafen(self) -> None:
+        """Break all connections and let those to come hang: nobody answers their SYN."""
+        await self.stop()
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((self._address, self.port))
+        listener.listen(0)
+        self._deaf.append(listener)
+        for _ in range(DEAF_FILLERS):  # the kernel drops a SYN while the queue is full
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex((self._address, self.port))
+            self._deaf.append(filler)
+
+    def behave(self) -> None:
+        """Do right by all requests to come."""
+        self.always = None
+        self._next.clear()
+
     async def stop(self) -> None:
         """Stop listening and break all connections; the port then refuses."""
+        for deaf in self._deaf:
+            deaf.close()
+        self._deaf.clear()
         if self._server is None:
             return
         self._server.close()

@@ -303,6 +303,22 @@ async def test_a_storage_host_that_is_gone_is_not_asked_for_ever(registry: Regis
         assert await read(backend) == DATA
 
 
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_storage_host_that_is_busy_is_left_alone(registry: Registry, status: int) -> None:
+    """Its Retry-After counts: the registry would send us back there at once."""
+    async with FaultOrigin() as storage:
+        storage.put(f"/{ID}", DATA)
+        registry.origin.redirects = lambda request: f"{storage.url}/{ID}"
+        backend = registry.open()
+        await read(backend)
+        storage.misbehave(Misbehaviour(answer=Answer(status, {"Retry-After": "7"})))
+        with pytest.raises(OriginThrottled) as caught:
+            await read(backend)
+        assert caught.value.retry_after_seconds == 7
+        assert len(storage.requests) == 2
+        assert await read(backend) == DATA
+
+
 async def test_a_token_service_that_redirects_away_gets_no_login(registry: Registry) -> None:
     """The login is not carried along to another host."""
     inner = registry.guard
