@@ -25,7 +25,7 @@ from blobcache_storage.cache.digest import sha256_of
 from blobcache_storage.cache.fill import Origin
 from blobcache_storage.cache.handle import Handles
 from blobcache_storage.cache.pools import BufferPool
-from blobcache_storage.cache.relay import Relay, RelayedRead
+from blobcache_storage.cache.relay import Relay, RelayedRead, require_digest_if_empty
 from blobcache_storage.config import CHUNK_SIZE_BYTES_DEFAULT, ConfigV2
 from blobcache_storage.device import BlobInfo, BlobVersion, RangeRequest, RequestSource
 from blobcache_storage.errors import StorageError
@@ -66,6 +66,7 @@ class DummyCacheMgr(BlobCacheMgr):
         relay = Relay(self._origin, blob_id, None, source)
         await relay.open(request)
         sha256 = sha256_of(self._backend.digest_of(blob_id) or digest) if self._validate else None
+        await require_digest_if_empty(relay, sha256)
         read = RelayedRead(
             relay, CacheStatus.BYPASS, sha256=sha256, hold_bytes=CHUNK_SIZE_BYTES_DEFAULT
         )

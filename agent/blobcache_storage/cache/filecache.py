@@ -42,7 +42,7 @@ from blobcache_storage.cache.pools import Throttle, WorkerPool
 from blobcache_storage.cache.prefetch import Prefetcher
 from blobcache_storage.cache.reading import CachedRead
 from blobcache_storage.cache.reclaim import Reclaimer
-from blobcache_storage.cache.relay import Relay, RelayedRead
+from blobcache_storage.cache.relay import Relay, RelayedRead, require_digest_if_empty
 from blobcache_storage.cache.root import CacheRoot
 from blobcache_storage.cache.runtime import StorageRuntime
 from blobcache_storage.cache.scrub import Scrubber
@@ -220,7 +220,7 @@ class FileCacheMgr(BlobCacheMgr):
             return await self._relay_read(blob_id, sha256, request, source)
         generation, is_new = found
         span = request.resolve(generation.version.size_bytes)
-        is_whole = span.length == generation.version.size_bytes and span.length > 0
+        is_whole = span.length == generation.version.size_bytes
         check = None
         if sha256 is not None and is_whole and generation.whole_sha256 != sha256:
             check = self.check_of(generation, sha256)
@@ -307,6 +307,11 @@ class FileCacheMgr(BlobCacheMgr):
         """Read past the cache: suspended, cooling down, or a blob that cannot be cached."""
         relay = Relay(self.origin, blob_id, None, source)
         await relay.open(request)
+        try:
+            await require_digest_if_empty(relay, sha256)
+        except DigestMismatch:
+            self.quarantine(None, blob_id)
+            raise
         read = RelayedRead(
             relay,
             self._relay_status(),

@@ -122,6 +122,8 @@ class CachedRead(BlobRead):
         Raises:
             StorageError: It cannot be had; nothing was sent to the reader yet.
         """
+        if not self.span.length and self._check is not None:
+            await self._release_end(0)  # there is no last chunk to hold back
         if self.status is CacheStatus.HIT:
             return
         index = self._first_missing()

@@ -147,6 +147,18 @@ async def verified(
         yield piece
 
 
+async def require_digest_if_empty(relay: Relay, sha256: bytes | None) -> None:
+    """Check a blob that has no bytes, whose digest no end can be held back for.
+
+    Raises:
+        DigestMismatch: It should have some.
+    """
+    empty = not relay.version.size_bytes
+    if empty and sha256 not in (None, hashlib.sha256().digest()):
+        await relay.aclose()
+        raise DigestMismatch("the blob's bytes do not have the digest that names it")
+
+
 class RelayedRead(BlobRead):
     """A read that the cache has no part in.
 

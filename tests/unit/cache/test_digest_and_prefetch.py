@@ -83,6 +83,21 @@ async def test_a_wrong_digest_closes_short_and_quarantines(start: StartRig, size
     assert rig.manager.stats().degraded_reason == "DigestMismatch"
 
 
+@pytest.mark.parametrize("suspend", [False, True])
+async def test_an_empty_blob_has_a_digest_too(start: StartRig, suspend: bool) -> None:
+    """An origin that answers with nothing is found out before a head is sent."""
+    rig = await start(backend=MemoryBackend(digest_ids=True), suspend=suspend)
+    right, _ = put_named(rig, 0)
+    for _ in range(2):
+        assert await whole(rig, right) == (b"", None)
+    wrong, _ = put_named(rig, 0, wrong=True)
+    for _ in range(2):
+        with pytest.raises(DigestMismatch):
+            await rig.read(wrong)
+    assert rig.manager.stats().degraded_reason == "DigestMismatch"
+    assert (await whole(rig, right))[1] is None
+
+
 async def test_ranges_of_an_unverified_blob_are_served_as_sent(start: StartRig) -> None:
     """A part of a blob cannot be checked against the whole's digest."""
     rig = await start(backend=MemoryBackend(digest_ids=True))
