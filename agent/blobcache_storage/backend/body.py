@@ -127,3 +127,43 @@ class HTTPStream(FetchStream):
         if self._pieces_left is not None:
             await self._pieces_left.aclose()
         self._end(origin_failed=False)
+
+
+class PartOfStream(FetchStream):
+    """A part of an answer that is whole, where an origin knows no ranges; for small bodies.
+
+    Args:
+        whole: From the blob's first byte to its last; ended with this one.
+        span: The part.
+    """
+
+    def __init__(self, whole: FetchStream, span: ByteRange) -> None:
+        self.version = whole.version
+        self.span = span
+        self._whole = whole
+        self._pieces_left: AsyncGenerator[bytes, None] | None = None
+
+    @override
+    def promote(self) -> None:
+        self._whole.promote()
+
+    @override
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        if self._pieces_left is None:
+            self._pieces_left = self._pieces()
+        return self._pieces_left
+
+    async def _pieces(self) -> AsyncGenerator[bytes, None]:
+        # To the end of the whole, also past the part: a body of another length is an error.
+        offset = 0
+        async for piece in self._whole:
+            part = piece[max(0, self.span.start - offset) : max(0, self.span.end - offset)]
+            offset += len(piece)
+            if part:
+                yield part
+
+    @override
+    async def aclose(self) -> None:
+        if self._pieces_left is not None:
+            await self._pieces_left.aclose()
+        await self._whole.aclose()

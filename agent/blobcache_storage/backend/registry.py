@@ -14,7 +14,9 @@ from multidict import CIMultiDict
 from typing_extensions import override
 from yarl import URL
 
+from blobcache_storage.backend.base import FetchStream, resolve_span
 from blobcache_storage.backend.blob_id import RegistryId, is_repository, parse_registry_id
+from blobcache_storage.backend.body import PartOfStream
 from blobcache_storage.backend.connector import AddressPolicy
 from blobcache_storage.backend.endpoint import parse_endpoint
 from blobcache_storage.backend.exchange import origin_of
@@ -23,8 +25,8 @@ from blobcache_storage.backend.http import HTTPBackend
 from blobcache_storage.backend.manners import Manners
 from blobcache_storage.backend.registry_token import TokenSource
 from blobcache_storage.config import BackendConfig, RegistryConfig
-from blobcache_storage.device import BlobVersion, Validator
-from blobcache_storage.errors import ConfigError, OriginProtocolError
+from blobcache_storage.device import BlobVersion, RangeRequest, RequestSource, Validator
+from blobcache_storage.errors import ConfigError, OriginProtocolError, RangeNotSatisfiable
 
 SHORTCUT_SECONDS: Final = 60.0
 """How long a redirect is followed without asking the registry: below the life of any signed URL,
@@ -103,6 +105,25 @@ class RegistryBackend(HTTPBackend):
     @override
     def _headers(self, blob_id: str) -> dict[str, str]:
         return {"Accept": MANIFEST_ACCEPT} if self._parse(blob_id).is_manifest else {}
+
+    @override
+    async def fetch(
+        self,
+        blob_id: str,
+        request: RangeRequest,
+        *,
+        expect: BlobVersion | None = None,
+        source: RequestSource = RequestSource.ON_DEMAND,
+    ) -> FetchStream:
+        if not self._parse(blob_id).is_manifest or request.is_whole:
+            return await super().fetch(blob_id, request, expect=expect, source=source)
+        # Registries send manifests whole, whatever part is asked for.
+        whole = await super().fetch(blob_id, RangeRequest(), expect=expect, source=source)
+        try:
+            return PartOfStream(whole, resolve_span(request, whole.version.size_bytes))
+        except RangeNotSatisfiable:
+            await whole.aclose()
+            raise
 
     @override
     async def _authorize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -10,9 +11,11 @@ from aiohttp import web
 from pydantic import SecretStr
 
 from blobcache_storage.backend.connector import AddressPolicy
+from blobcache_storage.backend.registry import RegistryBackend
 from blobcache_storage.backend.registry_inquiry import Finding, RegistryInquiry
 from blobcache_storage.config import BackendConfig, RegistryConfig
 from blobcache_storage.credentials import BasicAuth
+from blobcache_storage.device import RangeRequest
 from blobcache_storage.errors import (
     ConfigError,
     InvalidBlobId,
@@ -20,6 +23,7 @@ from blobcache_storage.errors import (
     OriginServerError,
     OriginThrottled,
     OriginUnreachable,
+    RangeNotSatisfiable,
 )
 
 DIGEST = "sha256:" + "0" * 64
@@ -197,3 +201,36 @@ async def test_nobody_there() -> None:
                 await inquiry.ask(repository, "manifests", reference, None)
     with pytest.raises(ConfigError):
         RegistryInquiry(BackendConfig(type="s3"), policy=AddressPolicy(in_cluster=True))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "part"),
+    [
+        (RangeRequest(first=100_000, last=199_999), slice(100_000, 200_000)),
+        (RangeRequest(first=250_000), slice(250_000, None)),
+        (RangeRequest(first=0, last=9), slice(0, 10)),
+        (RangeRequest(suffix_length=7), slice(-7, None)),
+        (RangeRequest(), slice(None)),
+    ],
+)
+async def test_a_part_of_a_manifest(wanted: RangeRequest, part: slice) -> None:
+    """Registries send manifests whole; the part a cache has lost is cut from it."""
+    manifest = bytes(range(256)) * 1000
+    named = "sha256:" + hashlib.sha256(manifest).hexdigest()
+
+    async def answer(request: web.Request) -> web.Response:
+        assert "Range" not in request.headers
+        return web.Response(body=manifest)
+
+    async with serving(answer) as host:
+        config = BackendConfig(type="registry", registry=RegistryConfig(host, scheme="http"))
+        backend = RegistryBackend(config, policy=AddressPolicy(in_cluster=False))
+        try:
+            async with await backend.fetch(f"a@{named}", wanted) as stream:
+                body = b"".join([piece async for piece in stream])
+            assert body == manifest[part]
+            assert stream.span.length == len(body)
+            with pytest.raises(RangeNotSatisfiable):
+                await backend.fetch(f"a@{named}", RangeRequest(first=len(manifest)))
+        finally:
+            await backend.shutdown()
