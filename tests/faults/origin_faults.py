@@ -81,7 +81,7 @@ class FaultyAgent:
             self._operator.tls_dir,
             [f"--allow-origin-cidr={PERMITTED_NETWORK}", "--min-free=1Mi"],
         )
-        self._token = self._operator.readers.token(NAMESPACE)
+        self.token = self._operator.readers.token(NAMESPACE)
         self._configs: dict[str, dict[str, Any]] = {}
         self._revision = 0
         self._pushing = asyncio.Lock()
@@ -93,6 +93,21 @@ class FaultyAgent:
     async def stop(self) -> None:
         """End it."""
         await asyncio.to_thread(self._agent.stop)
+
+    @property
+    def data_port(self) -> int:
+        """Where it is read."""
+        return self._agent.data_port
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        assert self._agent.child is not None
+        return self._agent.child.pid
+
+    def metrics(self) -> dict[str, float]:
+        """Return all samples it exposes. Blocking."""
+        return self._agent.metrics()
 
     async def push(self, name: str, config: dict[str, Any]) -> None:
         """Have the agent take a new or changed configuration, beside those it has."""
@@ -109,9 +124,9 @@ class FaultyAgent:
     async def read(self, name: str, blob_id: str, **span: int) -> Outcome:
         """Read a blob, or the first bytes of it."""
         return await read_blob(
-            self._agent.data_port,
+            self.data_port,
             f"{NAMESPACE}/{name}/{blob_id}",
-            token=self._token,
+            token=self.token,
             timeout_seconds=READ_SECONDS_MAX,
             **span,
         )
