@@ -30,7 +30,7 @@ from blobcache_storage.backend.exchange import (
     translate,
 )
 from blobcache_storage.backend.http import status_error
-from blobcache_storage.backend.manners import Manners
+from blobcache_storage.backend.manners import Manners, SlotsBusy
 from blobcache_storage.backend.registry import (
     MANIFEST_ACCEPT,
     MANIFEST_BYTES_MAX,
@@ -53,6 +53,9 @@ from blobcache_storage.errors import (
 Kind = Literal["manifests", "blobs"]
 
 CHALLENGES_MAX: Final = 8
+INQUIRY_SECONDS_MAX: Final = 15.0
+"""One question, with the token it needs and redirects; whatever time-outs are configured."""
+SLOT_WAIT_SECONDS_MAX: Final = 2.0
 _CHALLENGE: Final = re.compile(r"[\x20-\x7e]{1,4096}")
 _TAG: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
@@ -118,18 +121,29 @@ class RegistryInquiry:
         """
         if not is_repository(repository) or not is_reference(kind, reference):
             raise InvalidBlobId("a repository, tag or digest must follow the distribution-spec")
-        slots = self._manners.slots
 
         async def attempt() -> Finding:
-            await slots.acquire(RequestSource.ON_DEMAND)
+            await self._take_slot()
             try:
-                return await self._ask(repository, kind, reference, authorization)
+                async with asyncio.timeout(INQUIRY_SECONDS_MAX):
+                    return await self._ask(repository, kind, reference, authorization)
+            except TimeoutError:
+                host = host_of(self._origin)
+                raise OriginTimeout(f"registry '{host}' did not answer in time") from None
             finally:
-                slots.release(RequestSource.ON_DEMAND)
+                self._manners.slots.release(RequestSource.ON_DEMAND)
 
         return await self._manners.run(
             f"{repository}@{reference}", RequestSource.ON_DEMAND, attempt
         )
+
+    async def _take_slot(self) -> None:
+        """Wait for one of the few questions at a time, but not for long: who asks has others."""
+        try:
+            async with asyncio.timeout(SLOT_WAIT_SECONDS_MAX):
+                await self._manners.slots.acquire(RequestSource.ON_DEMAND)
+        except TimeoutError:
+            raise SlotsBusy("too many are being asked for at a time") from None
 
     async def _ask(
         self, repository: str, kind: Kind, reference: str, authorization: SecretStr | None

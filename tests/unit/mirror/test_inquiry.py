@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -10,7 +11,9 @@ import pytest
 from aiohttp import web
 from pydantic import SecretStr
 
+from blobcache_storage.backend import registry_inquiry
 from blobcache_storage.backend.connector import AddressPolicy
+from blobcache_storage.backend.manners import CONNECTIONS_MAX, SlotsBusy
 from blobcache_storage.backend.registry import RegistryBackend
 from blobcache_storage.backend.registry_inquiry import Finding, RegistryInquiry
 from blobcache_storage.config import BackendConfig, RegistryConfig
@@ -22,6 +25,7 @@ from blobcache_storage.errors import (
     OriginProtocolError,
     OriginServerError,
     OriginThrottled,
+    OriginTimeout,
     OriginUnreachable,
     RangeNotSatisfiable,
 )
@@ -234,3 +238,21 @@ async def test_a_part_of_a_manifest(wanted: RangeRequest, part: slice) -> None:
                 await backend.fetch(f"a@{named}", RangeRequest(first=len(manifest)))
         finally:
             await backend.shutdown()
+
+
+async def test_a_silent_registry_keeps_nobody_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither who asked, nor who waits for a turn; a late answer harms nobody."""
+    monkeypatch.setattr(registry_inquiry, "INQUIRY_SECONDS_MAX", 1.0)
+    monkeypatch.setattr(registry_inquiry, "SLOT_WAIT_SECONDS_MAX", 0.2)
+    gate = asyncio.Event()
+
+    async def answer(request: web.Request) -> web.Response:
+        await gate.wait()
+        return web.Response()
+
+    async with serving(answer) as host, asking(host) as inquiry:
+        questions = [inquiry.ask("a", "manifests", f"t{number}", CALLER) for number in range(80)]
+        answers = await asyncio.gather(*questions, return_exceptions=True)
+        assert [type(found) for found in answers].count(SlotsBusy) == 80 - CONNECTIONS_MAX
+        assert [type(found) for found in answers].count(OriginTimeout) == CONNECTIONS_MAX
+        gate.set()
