@@ -15,7 +15,7 @@ from crc32c import crc32c
 
 from blobcache_storage.backend.base import BlobBackend, FetchStream
 from blobcache_storage.cache.chunk_memory import ChunkBuffer
-from blobcache_storage.cache.generation import ChunkState, Generation
+from blobcache_storage.cache.generation import Generation
 from blobcache_storage.cache.pace import OriginPace
 from blobcache_storage.cache.pools import BufferPool, Throttle
 from blobcache_storage.device import BlobVersion, RangeRequest, RequestSource
@@ -31,6 +31,10 @@ from blobcache_storage.errors import (
 
 STALL_SECONDS = 2.0
 """Without progress for so long, a competing request is sent."""
+CLAIM_BYTES = 64 * 1024 * 1024
+"""Of an answer longer than asked for so much is claimed ahead: as far as readers look ahead."""
+CLAIM_CHUNKS = 64
+"""Claimed with one reservation."""
 RESUME_DELAY_SECONDS = 0.05
 RESUMES_MAX = 64
 """Resumes of one fetch in all, however much each brings."""
@@ -128,6 +132,8 @@ class Fetch:
         self._head_waiters: list[asyncio.Future[None]] = []
         self._first = 0
         self._end = 0
+        self._whole_end = 0
+        """Where the answer ends, if it goes on beyond what was asked for."""
         self.lingers = False
         """Goes on with nobody interested: a bounded read-ahead."""
         self.ended = False
@@ -135,7 +141,7 @@ class Fetch:
 
     @property
     def end(self) -> int:
-        """One past the last chunk asked for."""
+        """One past the last chunk claimed, so far."""
         return self._end
 
     @classmethod
@@ -372,16 +378,29 @@ class Fetch:
         self._last_progress = asyncio.get_running_loop().time()
         end = generation.chunks_of(stream.span)[1]
         if end > self._end and stream.span.end == generation.version.size_bytes:
-            for index in range(self._end, end):
-                if generation.states[index] != ChunkState.ABSENT:
-                    continue
-                if not generation.claim(index, index + 1, self):
-                    break
-                self._left.add(index)
-            self._end = end
+            self._whole_end = end
+            self._claim_ahead(self._end)
         self._head_known = True
         self._origin.on_success()
         _wake(self._head_waiters)
+
+    def _claim_ahead(self, index: int) -> None:
+        """Claim what a whole answer brings, so far ahead: it may be announced longer than it is."""
+        generation = self._generation
+        stop = min(index + max(1, CLAIM_BYTES // generation.chunk_size_bytes), self._whole_end)
+        while self._end < stop or (not self._left and self._end < self._whole_end):
+            first = min(generation.first_absent(self._end), self._whole_end)
+            if first >= stop and (self._left or first == self._whole_end):
+                self._end = first if first == self._whole_end else stop
+                return
+            end = generation.first_taken(first, min(first + CLAIM_CHUNKS, max(stop, first + 1)))
+            if not generation.claim(first, end, self):
+                end = first + 1
+                if not generation.claim(first, end, self):
+                    self._whole_end = self._end  # no room: the rest is not stored
+                    return
+            self._left.update(range(first, end))
+            self._end = end
 
     async def _consume(self, at: _Assembly, stream: FetchStream) -> None:
         loop, counters = asyncio.get_running_loop(), self._origin.counters
@@ -453,6 +472,8 @@ class Fetch:
         if index in self._left:
             self._left.discard(index)
             self._generation.publish(self, index, buffer, crc)
+            if self._end < self._whole_end:
+                self._claim_ahead(index)
             _wake(self._waiters.pop(index, []))
             for task in self._streams:
                 if task is not asyncio.current_task():
