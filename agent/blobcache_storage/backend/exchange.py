@@ -66,7 +66,10 @@ def translate(error: Exception, host: str) -> BackendError:
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         found = error.certificate_error
         why = getattr(found, "verify_message", "") or type(found).__name__
-        return OriginUnreachable(f"the certificate of origin '{host}' is not trusted: {why}")
+        return OriginUnreachable(
+            f"the certificate of origin '{host}' is not trusted: {why};"
+            " `tls.caBundle` must hold its authority"
+        )
     if isinstance(error, aiohttp.ClientSSLError):
         return OriginUnreachable(f"TLS with origin '{host}' failed")
     if isinstance(error, aiohttp.ClientConnectorError):
@@ -74,7 +77,9 @@ def translate(error: Exception, host: str) -> BackendError:
             return OriginRefused(f"origin '{host}': {error.os_error}")
         number = error.os_error.errno
         why = os.strerror(number) if number else type(error.os_error).__name__
-        return OriginUnreachable(f"origin '{host}' cannot be reached: {why}")
+        return OriginUnreachable(
+            f"origin '{host}' cannot be reached: {why}; it must run, and this node must reach it"
+        )
     if isinstance(error, aiohttp.InvalidURL):
         return OriginProtocolError(f"the address of origin '{host}' is not one to connect to")
     if isinstance(error, aiohttp.ClientResponseError):

@@ -86,7 +86,10 @@ def status_error(status: int, headers: Headers, blob_id: str, host: str) -> Stor
     if status in (429, 503):
         wait = retry_after_seconds(headers, datetime.now(UTC))
         return OriginThrottled(
-            f"origin '{host}' is busy ({status})", status=status, retry_after_seconds=wait
+            f"origin '{host}' is busy ({status}); it must permit what is asked of it, or"
+            " `bytesPerSecondLimit` must ask for less",
+            status=status,
+            retry_after_seconds=wait,
         )
     if status == 408:
         return OriginTimeout(f"origin '{host}' gave up waiting ({status})", status=status)
