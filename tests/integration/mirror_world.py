@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from tests.harness.binaries import locate
 from tests.harness.origins import MANIFEST_TYPE, RegistryServer, digest_of
@@ -37,6 +37,7 @@ class Image:
     repository: str
     tag: str
     manifest: bytes
+    config: bytes
     layers: tuple[bytes, ...]
 
     @property
@@ -58,6 +59,15 @@ def push_image(
     layer_bytes: Sequence[int] = (300_000,),
 ) -> Image:
     """Push an image of random files that containerd can unpack."""
+    image = build_image(repository, tag, layer_bytes=layer_bytes)
+    for blob in (image.config, *image.layers):
+        registry.push_blob(repository, blob)
+    registry.push_raw_manifest(repository, tag, image.manifest, MANIFEST_TYPE)
+    return image
+
+
+def build_image(repository: str, tag: str = "v1", *, layer_bytes: Sequence[int]) -> Image:
+    """Make an image of random files."""
     layers, diff_ids = [], []
     for number, size in enumerate(layer_bytes):
         raw = io.BytesIO()
@@ -75,8 +85,6 @@ def push_image(
             "rootfs": {"type": "layers", "diff_ids": diff_ids},
         }
     ).encode()
-    for blob in (config, *layers):
-        registry.push_blob(repository, blob)
     manifest = json.dumps(
         {
             "schemaVersion": 2,
@@ -85,8 +93,7 @@ def push_image(
             "layers": [descriptor(LAYER_TYPE, layer) for layer in layers],
         }
     ).encode()
-    registry.push_raw_manifest(repository, tag, manifest, MANIFEST_TYPE)
-    return Image(repository, tag, manifest, tuple(layers))
+    return Image(repository, tag, manifest, config, tuple(layers))
 
 
 def descriptor(media_type: str, data: bytes) -> dict[str, str | int]:
@@ -94,8 +101,16 @@ def descriptor(media_type: str, data: bytes) -> dict[str, str | int]:
     return {"mediaType": media_type, "digest": digest_of(data), "size": len(data)}
 
 
+class Registry(Protocol):
+    """What is mirrored."""
+
+    @property
+    def host(self) -> str:
+        """Host and port."""
+
+
 def mirror_of(
-    registry: RegistryServer,
+    registry: Registry,
     folder: Path,
     *,
     backend: dict[str, Any] | None = None,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,11 +20,17 @@ from tests.integration.mirror_world import (
     Containerd,
     Image,
     PullFailed,
+    build_image,
     mirror_of,
     push_image,
     why_no_containerd,
 )
+from tests.unit.mirror.fake_registry import OCI_MANIFEST, FakeRegistry, running_registry
 
+OWN_SECRET = (
+    "\n---\napiVersion: v1\nkind: Secret\nmetadata: {name: own}\n"
+    "stringData: {username: own, password: secret-own}\n"
+)
 pytestmark = [pytest.mark.registry, pytest.mark.containerd]
 
 NOT_FOREVER_SECONDS = 25.0
@@ -150,6 +159,59 @@ def test_private_image(containerd: Containerd, tmp_path: Path, layer_bytes: Sequ
         for login in ("", "ann:worthless"):
             with pytest.raises(PullFailed):
                 containerd.pull(reference, login=login)
+
+
+@contextmanager
+def token_registry() -> Iterator[FakeRegistry]:
+    """Run a registry that gives out tokens, in a thread of its own."""
+    started: Future[FakeRegistry] = Future()
+    loop = asyncio.new_event_loop()
+    stop = asyncio.Event()
+
+    async def serve() -> None:
+        async with running_registry() as registry:
+            started.set_result(registry)
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=[serve()], daemon=True)
+    thread.start()
+    try:
+        yield started.result(timeout=30)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(timeout=30)
+        loop.close()
+
+
+def test_private_image_by_token(containerd: Containerd, tmp_path: Path) -> None:
+    """containerd takes the challenge that was passed on to the realm, with the pull secret, and
+    comes back with a token; the pull secret itself is never shown to the mirror."""
+    image = build_image("team/private", layer_bytes=(200_000, 3_000))
+    with token_registry() as registry, ExitStack() as stack:
+        for blob in (image.config, *image.layers):
+            registry.blobs[image.repository, digest_of(blob)] = blob
+        registry.manifests[image.repository, image.digest] = image.manifest, OCI_MANIFEST
+        registry.tags[image.repository, image.tag] = image.digest
+        registry.private[image.repository] = {"ann", "own"}
+        own = {"credentialsSecretRef": {"name": "own"}}
+        agent = mirror_of(registry, tmp_path / "agent", backend=own)
+        with agent.files[0].open("a") as file:
+            file.write(OWN_SECRET)
+        child = agent.start()
+        stack.callback(child.stop)
+        # No way around the mirror: what it does not answer is not pulled.
+        mirror = f"http://127.0.0.1:{agent.port}"
+        upstream = f"{registry.host}=http://127.0.0.1:{free_port()}"
+        hosts("write", containerd.certs_dir, "--mirror", mirror, "--host", upstream)
+        reference = f"{registry.host}/{image.repository}:{image.tag}"
+        for login in ("", "bob:secret-bob", "ann:wrong"):
+            with pytest.raises(PullFailed):
+                containerd.pull(reference, login=login)
+        containerd.pull(reference, login="ann:secret-ann")
+        bodies = [seen for seen in registry.bodies() if seen.path.startswith("/v2/")]
+        assert "Bearer ann" in {seen.authorization for seen in registry.seen}
+        assert "Bearer own" in {seen.authorization for seen in bodies}
+        assert "secret-ann" not in agent.log.read_text()
 
 
 def test_dead_agent(containerd: Containerd, registry: RegistryServer, agent: Standalone) -> None:

@@ -84,6 +84,8 @@ class FakeRegistry:
         self.seen.append(Seen(request.method, request.path, authorization))
         if self.status is not None:
             return web.Response(status=self.status)
+        if request.path == "/token" and request.method == "POST":
+            return web.Response(status=405)
         if request.path == "/token":
             return self._token(authorization)
         if request.path.startswith("/storage/"):
