@@ -262,7 +262,9 @@ def _parse_answer(body: bytes, host: str) -> tuple[str, float]:
     if not is_sound:
         raise OriginProtocolError(f"token service '{host}' answered without a usable token")
     lifetime = answer.get("expires_in", LIFETIME_SECONDS_DEFAULT)
-    if not isinstance(lifetime, int | float) or isinstance(lifetime, bool) or lifetime <= 0:
+    # Not `<= 0`: JSON as Python reads it has NaN.
+    if not isinstance(lifetime, int | float) or isinstance(lifetime, bool) or not lifetime > 0:
         lifetime = LIFETIME_SECONDS_DEFAULT
     assert isinstance(token, str)
-    return token, min(float(lifetime), LIFETIME_SECONDS_MAX)
+    # Bounded first: a whole number of hundreds of digits is no float.
+    return token, float(min(lifetime, LIFETIME_SECONDS_MAX))
