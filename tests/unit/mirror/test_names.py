@@ -9,11 +9,13 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blobcache_agent import daemon
 from blobcache_agent.cli import cli
 from blobcache_agent.data.rejection import Rejection
 from blobcache_agent.mirror.bindings import Bindings, parse_binding
 from blobcache_agent.mirror.manifests import media_type_of
 from blobcache_agent.mirror.oci_path import parse_host_asked, parse_oci_path
+from blobcache_agent.settings import ServeSettings
 from blobcache_storage.backend.blob_id import parse_registry_id
 from blobcache_storage.errors import InvalidBlobId
 
@@ -117,3 +119,20 @@ def test_manifest_ids() -> None:
     for wrong in (f"other@{DIGEST}", f"@{DIGEST}", f"only@{DIGEST}x", "only@v1", f"o@p@{DIGEST}"):
         with pytest.raises(InvalidBlobId):
             parse_registry_id(wrong, "only")
+
+
+def test_bindings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a chart gives them: several, separated by spaces."""
+    started: list[ServeSettings] = []
+    monkeypatch.setattr(daemon, "run_serve", started.append)
+    variables = {
+        "BLOBCACHE_AGENT_CONTAINERD_MIRROR": "a.example=team/a b.example@c.example=team/b",
+        "BLOBCACHE_AGENT_CACHE_ROOT": "/c",
+        "BLOBCACHE_AGENT_TLS_DIR": "/t",
+        "BLOBCACHE_AGENT_NODE_NAME": "node",
+    }
+    assert CliRunner().invoke(cli, ["serve"], env=variables).exit_code == 0
+    assert [(one.host, one.registry) for one in started[0].mirrored] == [
+        ("a.example", "a.example"),
+        ("b.example", "c.example"),
+    ]
