@@ -45,7 +45,7 @@ Each figure is a ratio: servers take turns, each round gives one ratio, and the 
 with the lowest and the highest round. Absolute numbers stand beside it to be doubted. On a busy
 machine use more rounds, and believe the ratio of CPU seconds before that of requests.
 
-  make bench                                  all of it, some ten minutes
+  make bench                                  all of it, some seven minutes
   make bench ARGS='--only hits --rounds 9'    one thing, more carefully
   make bench ARGS=--docs                      all of it, into docs/performance.md
 """
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--only", action="append", choices=MEASUREMENTS, metavar="NAME", help="several times")
     add("--rounds", type=_at_least_one, default=5, metavar="N", help="default 5")
-    add("--seconds", type=_at_least_one, default=3, metavar="S", help="of each load; default 3")
+    add("--seconds", type=_at_least_one, default=2, metavar="S", help="of each load; default 2")
     add("--json", type=Path, metavar="FILE", help="write all results there")
     add("--svg", type=Path, metavar="FILE", help="write the picture there")
     add("--docs", action="store_true", help="write the table of docs/performance.md, and both")
