@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 
 MAGIC = b"blobcache-agent-state"
 FORMAT = b"1"
@@ -70,11 +71,15 @@ class StateFile:
             StateFileCorrupt: There is, but it does not verify.
             OSError: It cannot be read.
         """
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        # Without O_NONBLOCK a pipe in its place would keep the agent from starting, for ever.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             fd = os.open(self._name, flags, dir_fd=self._directory_fd)
         except FileNotFoundError:
             return None
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise StateFileCorrupt("it is not a regular file")
         with os.fdopen(fd, "rb") as file:
             raw = file.read(CONTENT_BYTES_MAX + _HEADER_BYTES_MAX + 1)
         header, _, content = raw.partition(b"\n")
@@ -88,7 +93,7 @@ class StateFile:
         return content
 
     def discard(self) -> None:
-        """Delete the file; the fact need not survive a power cut."""
+        """Delete the file if that is possible; the fact need not survive a power cut."""
         for name in (self._name, self._new_name):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(name, dir_fd=self._directory_fd)
