@@ -93,6 +93,8 @@ class _Assembly:
     buffer: ChunkBuffer | None = None
     filled: int = 0
     crc: int = 0
+    is_answered: bool = False
+    """Whether the present request got a head."""
 
     def drop(self) -> None:
         """Give the unfinished chunk's memory back."""
@@ -323,6 +325,8 @@ class Fetch:
                     resumes += 1
                     if not error.retryable or fruitless > self._origin.retry_limit:
                         raise
+                    if not at.is_answered:
+                        raise  # the backend asked again as often as it may; more would multiply
                     if resumes > RESUMES_MAX:
                         raise
                     await asyncio.sleep(RESUME_DELAY_SECONDS * (1 << min(fruitless, 5)))
@@ -334,6 +338,7 @@ class Fetch:
         """Send one request (or take an opened one) and consume its body."""
         loop, origin, generation = asyncio.get_running_loop(), self._origin, self._generation
         begun = loop.time()
+        at.is_answered = stream is not None
         if stream is None:
             self._skip_to_wanted(at)
             last = min(self._end * generation.chunk_size_bytes, generation.version.size_bytes) - 1
@@ -342,6 +347,7 @@ class Fetch:
             stream = await origin.backend.fetch(
                 generation.entry.blob_id, request, expect=generation.version, source=self._source
             )
+            at.is_answered = True
             origin.pace.observe_head(loop.time() - begun)
             begun = loop.time()
         async with stream:

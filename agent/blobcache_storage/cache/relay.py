@@ -82,7 +82,10 @@ class Relay:
             except BackendError as error:
                 fruitless = fruitless + 1 if self._position == before else 1
                 resumes += 1
-                may_resume = error.retryable and self.version.is_cacheable
+                # Without a stream it is the head that failed, which the backend asked for again
+                # as often as it may.
+                is_answered = self._stream is not None
+                may_resume = error.retryable and self.version.is_cacheable and is_answered
                 if not may_resume or max(fruitless - self._origin.retry_limit, 0):
                     raise
                 if resumes > RESUMES_MAX:

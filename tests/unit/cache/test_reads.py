@@ -145,6 +145,17 @@ async def test_a_body_that_never_ends_well_closes_short(rig: Rig) -> None:
             assert await take(read) == (data[: 5 * CHUNK], OriginUnreachable)
 
 
+async def test_what_the_backend_gave_up_is_not_asked_again(rig: Rig) -> None:
+    """Its retries are the only ones of a head: retries of retries would multiply."""
+    rig.put("a", 20 * CHUNK)
+    await rig.read("a", 0, CHUNK)
+    asked = rig.backend.requests
+    rig.backend.fail_next(*(OriginTimeout("late") for _ in range(9)))
+    with pytest.raises(OriginTimeout):
+        await rig.read("a")
+    assert rig.backend.requests == asked + 1
+
+
 async def test_a_version_change_restarts_a_read_whose_head_was_not_sent(rig: Rig) -> None:
     """A range of a half-cached blob that changed is read anew, whole, in the new version."""
     rig.put("a", 20 * CHUNK)
