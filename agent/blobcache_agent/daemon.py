@@ -43,7 +43,7 @@ from blobcache_agent.metrics import AgentCollector, create_registry
 from blobcache_agent.mirror.start import misbindings, start_mirror
 from blobcache_agent.node_state import NodeState
 from blobcache_agent.observer import RequestObserver
-from blobcache_agent.process import Signals, harden, raise_file_limit
+from blobcache_agent.process import Signals, harden, keep_one_heap, raise_file_limit
 from blobcache_agent.report import Figures, Identity
 from blobcache_agent.settings import (
     AgentSettings,
@@ -77,6 +77,7 @@ def run_serve(settings: ServeSettings) -> None:
         StartError: The agent cannot run here.
     """
     harden()
+    keep_one_heap()
     certificates = Certificates(settings.tls_dir)
     asyncio.run(_serve(settings, certificates))
 
@@ -89,6 +90,7 @@ def run_standalone(settings: StandaloneSettings) -> None:
         UsageError: A file must be changed.
     """
     harden()
+    keep_one_heap()
     # Before anything is touched: a typo costs nothing but a message.
     load(settings.files, settings.permissions)
     asyncio.run(_standalone(settings))

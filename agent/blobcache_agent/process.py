@@ -14,6 +14,7 @@ from blobcache_agent.logs import get_logger
 
 _PR_SET_DUMPABLE = 4
 _SIGNAL_EXIT_BASE = 128
+_M_ARENA_MAX = -8
 
 log = get_logger(__name__)
 
@@ -25,6 +26,16 @@ def harden() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
         log.warning("Could not forbid memory dumps", error=os.strerror(ctypes.get_errno()))
+
+
+def keep_one_heap() -> None:
+    """Have all threads allocate from one heap: each one's own would keep what is freed in it.
+
+    glibc alone has such heaps (malloc.h, M_ARENA_MAX); elsewhere nothing is to do.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def raise_file_limit() -> int:
