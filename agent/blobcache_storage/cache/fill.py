@@ -42,7 +42,6 @@ FRUIT_BYTES = 64 * 1024
 """A request that brought less, and no whole chunk, was fruitless: an origin that drips is one that
 fails, and its readers must be told in seconds."""
 
-
 NO_FAILURES = (BlobNotFound, BlobChanged, RangeNotSatisfiable, CacheBusy)
 """What does not make a configuration degraded: a reader may ask for what there is not."""
 
@@ -94,7 +93,6 @@ class _Assembly:
     filled: int = 0
     crc: int = 0
     is_answered: bool = False
-    """Whether the present request got a head."""
 
     def drop(self) -> None:
         """Give the unfinished chunk's memory back."""
@@ -323,11 +321,9 @@ class Fetch:
                     is_fruitful = len(self._left) < left or at.position - before >= FRUIT_BYTES
                     fruitless = 1 if is_fruitful else fruitless + 1
                     resumes += 1
-                    if not error.retryable or fruitless > self._origin.retry_limit:
-                        raise
-                    if not at.is_answered:
-                        raise  # the backend asked again as often as it may; more would multiply
-                    if resumes > RESUMES_MAX:
+                    # A head that failed the backend asked for as often as it may.
+                    may_resume = error.retryable and at.is_answered and resumes <= RESUMES_MAX
+                    if not may_resume or fruitless > self._origin.retry_limit:
                         raise
                     await asyncio.sleep(RESUME_DELAY_SECONDS * (1 << min(fruitless, 5)))
                 stream = None
