@@ -12,15 +12,25 @@ import errno
 import shutil
 import tempfile
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from tests.unit.cache.rig import CHUNK, FakeClock, Rig, take
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+from pydantic import SecretStr
+from tests.unit.cache.rig import CHUNK, FakeClock, Rig, make_config, take
 
 from blobcache_storage.cache.base import BlobRead, Victim
+from blobcache_storage.config import PrefetchConfig
+from blobcache_storage.credentials import BearerToken, Pending
 from blobcache_storage.device import BlobInfo, RangeRequest
 from blobcache_storage.errors import StorageError
 from blobcache_storage.testing.memory_backend import Fault
@@ -58,11 +68,15 @@ def copy_sparse(source: Path, target: Path) -> None:
 class CacheMachine(RuleBasedStateMachine):
     """See the module."""
 
+    steps_run = 0
+    """By all machines of this process."""
+
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
         self.directory = Path(tempfile.mkdtemp(prefix="cache-model-"))
         self.homes = 0
+        self.turn = 0
         self.disk = RecordingDisk()
         self.rig = self.new_rig(self.directory / "0")
         self.start()
@@ -74,6 +88,11 @@ class CacheMachine(RuleBasedStateMachine):
         return Rig(
             home, disk=self.disk, clock=FakeClock(), capacity_bytes_config=CAPACITY, ttl_seconds=600
         )
+
+    def check_invariants(self, *args: Any, **kwargs: Any) -> None:
+        """Count a step."""
+        CacheMachine.steps_run += 1
+        super().check_invariants(*args, **kwargs)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run to the end."""
@@ -106,7 +125,7 @@ class CacheMachine(RuleBasedStateMachine):
     def put(self, blob_id: str, size: int, number: int) -> None:
         """The origin gets a blob, or another version of it."""
         data = self.rig.put(blob_id, size, version=number)
-        etag = self.run(self.rig.backend.stat(blob_id)).etag
+        etag = self.rig.backend._objects[blob_id].version.etag
         self.versions.setdefault(blob_id, {})[etag] = data
 
     @rule(cut=st.integers(0, 20 * CHUNK))
@@ -216,6 +235,50 @@ class CacheMachine(RuleBasedStateMachine):
 
         self.run(look())
 
+    @rule(
+        suspend=st.booleans(),
+        pinned=st.sets(BLOBS, max_size=1),
+        capacity=st.sampled_from([CAPACITY, CAPACITY // 2, CAPACITY // 20]),
+        policy=st.sampled_from(["LRU", "None"]),
+        wanted=st.sets(BLOBS, max_size=2),
+    )
+    def reconfigure(
+        self, suspend: bool, pinned: set[str], capacity: int, policy: str, wanted: set[str]
+    ) -> None:
+        """What may change in place changes."""
+        blobs = tuple(BlobInfo(name) for name in sorted(wanted))
+        self.rig.config = make_config(
+            suspend=suspend,
+            pinned=frozenset(pinned),
+            capacity_bytes=capacity,
+            eviction_policy=policy,
+            prefetch=PrefetchConfig(enable=bool(blobs), blobs=blobs),
+            ttl_seconds=600,
+        )
+        self.reconfigure_now()
+
+    @rule(pending=st.booleans())
+    def rotate_credentials(self, pending: bool) -> None:
+        """Others come, or are to come: then hits are served and misses fail."""
+        backend = self.rig.config.get_backend_config()
+        self.turn += 1
+        credentials = Pending() if pending else BearerToken(SecretStr(f"token-{self.turn}"))
+        backend = replace(backend, credentials=credentials)
+        self.rig.config = replace(self.rig.config, backend=backend)
+        self.reconfigure_now()
+
+    def reconfigure_now(self) -> None:
+        """Have the manager take the configuration, and get below its capacity."""
+
+        async def apply() -> None:
+            assert isinstance(self.rig.clock, FakeClock)
+            self.rig.clock.advance(2)
+            self.rig.manager.reconfigure(self.rig.config)
+            self.rig.manager.check_stat()
+            await self.rig.settled()
+
+        self.run(apply())
+
     @rule()
     def gc(self) -> None:
         """Unused blobs are closed."""
@@ -243,9 +306,9 @@ class CacheMachine(RuleBasedStateMachine):
         copy_as_it_is(self.rig.directory, home)
         self.run(self.release_all())
         self.run(self.rig.stop())
-        backend = self.rig.backend
+        backend, config = self.rig.backend, self.rig.config
         self.rig = self.new_rig(home)
-        self.rig.backend = backend
+        self.rig.backend, self.rig.config = backend, config
         self.start()
 
     @rule(which=st.integers(0, 100), where=FRACTIONS, suffix=st.sampled_from(["data", "map"]))
@@ -290,10 +353,22 @@ class CacheMachine(RuleBasedStateMachine):
         assert 0 <= self.rig.root.budget.unwritten_bytes <= stats.bytes
 
 
-TestCacheModel = CacheMachine.TestCase
-TestCacheModel.settings = settings(
-    max_examples=40,
-    stateful_step_count=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+STEPS_MIN = 20_000
+
+
+@pytest.mark.timeout(600)
+def test_the_cache_is_what_its_model_says() -> None:
+    """Over so many steps that a run of them counts."""
+    before = CacheMachine.steps_run
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        CacheMachine,
+        settings=settings(
+            max_examples=500,
+            stateful_step_count=50,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+        ),
+    )
+    steps = CacheMachine.steps_run - before
+    print(f"{steps} steps")  # noqa: T201
+    assert steps >= STEPS_MIN, f"void: only {steps} steps"
