@@ -130,6 +130,9 @@ class LocalNode:
 
     def stop(self) -> None:
         """End everything on the node."""
+        self.stop_kubelet()
+        if self._proxy is not None:
+            self._proxy.stop()
         self.containerd.stop()
 
     def files(self) -> dict[str, str]:

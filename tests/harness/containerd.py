@@ -128,7 +128,7 @@ class Containerd:
 
     def stop(self) -> None:
         """End the space and all in it."""
-        self._child = None
+        self.stop_containerd()
         self.space.stop()
 
     def start_containerd(self) -> None:
