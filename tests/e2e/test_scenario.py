@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import json
 import os
 import sys
 import time
@@ -33,17 +32,13 @@ def s3(cluster: LocalCluster) -> Iterator[S3Server]:
 
 
 def test_scenario(cluster: LocalCluster, built: Images, s3: S3Server) -> None:
-    """Install, read, lose the operator, an agent, containerd and the node; uninstall."""
-    before = {name: node.files() for name, node in cluster.nodes.items()}
+    """Install, read, then lose the operator, both containerds and an agent."""
     began = installation.install(cluster, built)
     installation.wait_ready(cluster)
     _apply_config(cluster, s3.create_reader("tenant", ["models"]), s3.url)
     pods = {node: installation.run_reader(cluster, built, node) for node in cluster.nodes}
     _first_cached_read(cluster, pods["node-1"], began)
     _hits_survive(cluster, pods, s3)
-    cluster.kubectl("delete", "namespace", TENANT, "--timeout=120s", timeout=150)
-    cluster.helm("uninstall", "blobcache", "-n", NAMESPACE, "--wait")
-    _nothing_but_the_cache_is_left(cluster, before)
 
 
 def _apply_config(cluster: LocalCluster, credentials: S3Credentials, endpoint: str) -> None:
@@ -130,19 +125,6 @@ def _reads_right(cluster: LocalCluster, pod: str) -> bool:
         return False
     assert digest == DIGEST
     return True
-
-
-def _nothing_but_the_cache_is_left(
-    cluster: LocalCluster, before: dict[str, dict[str, str]]
-) -> None:
-    """Without `cleanup.cache` an uninstallation leaves the cache's folder and nothing else."""
-    for name, node in cluster.nodes.items():
-        after = node.files()
-        changed = {path for path, what in after.items() if before[name].get(path) != what}
-        gone = before[name].keys() - after.keys()
-        others = {path for path in changed if not path.startswith("var/lib/blobcache")}
-        assert not gone | others, json.dumps(sorted(gone | others))
-        assert changed, "the cache was to be kept"
 
 
 def _encoded(text: str) -> str:
