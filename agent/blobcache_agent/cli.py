@@ -323,6 +323,39 @@ def standalone(
 cli.add_command(containerd_hosts)
 
 
+@cli.command(name="remove-cache")
+@_option(
+    "--cache-root",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The directory; what is in it and was not made by an agent stays, and then so does it.",
+)
+@_option(
+    "--wait-seconds",
+    default=120.0,
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, max=3600),
+    help="How long to wait for an agent that still uses it.",
+)
+def remove_cache(*, cache_root: Path, wait_seconds: float) -> None:
+    """Remove the cached bytes of this machine, after the last agent has ended."""
+    from blobcache_agent import removal
+
+    def remove() -> None:
+        done = removal.remove_cache(cache_root, wait_seconds=wait_seconds)
+        if done.foreign:
+            names = ", ".join(done.foreign)
+            click.echo(f"'{cache_root}' was kept: no agent made these in it: {names}", err=True)
+        elif not done.was_there:
+            click.echo(f"'{cache_root}' is not there")
+        else:
+            click.echo(
+                f"'{cache_root}' is {'gone' if done.is_gone else 'empty, a disk is mounted'}"
+            )
+
+    _run(remove)
+
+
 def _group(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
     grouped: dict[str, tuple[str, ...]] = {}
     for namespace, directory in pairs:

@@ -7,8 +7,10 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from blobcache_operator.errors import SettingsError
-from blobcache_operator.kubeauth import find_access
+from blobcache_operator.cleanup import Cleanup, Leftover
+from blobcache_operator.errors import KubeError, SettingsError
+from blobcache_operator.kube import Kube
+from blobcache_operator.kubeauth import NAMESPACE_DEFAULT, KubeAccess, find_access
 from blobcache_operator.logs import configure_logging
 from blobcache_operator.program import Program, environment, run_until_signalled
 from blobcache_operator.settings import ENV_PREFIX, OperatorSettings
@@ -28,6 +30,8 @@ Outside, with an agent on this machine:
 \b
 Several replicas may run; the Lease says which one acts, the others stand by.
 """
+
+NODES_MISSED = 3
 
 _MANY = {"agent"}
 _METAVARS = {"agent": "NODE=URL", "write_agent_certs": "DIR", "health_listen": "HOST:PORT"}
@@ -49,9 +53,14 @@ def _options(command: click.Command) -> click.Command:
     return command
 
 
-@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    epilog=EPILOG,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="blobcache")
-def command(**flags: Any) -> None:
+@click.pass_context
+def command(context: click.Context, /, **flags: Any) -> None:
     """
     Keep every node's agent at what the BlobCacheConfigs say, and say in their status what is so.
 
@@ -67,7 +76,10 @@ def command(**flags: Any) -> None:
     except SettingsError as error:
         raise click.UsageError(str(error)) from None
     configure_logging(settings.log_level)
-    asyncio.run(run_until_signalled(Program(settings, access, environment())))
+    if context.invoked_subcommand is None:
+        asyncio.run(run_until_signalled(Program(settings, access, environment())))
+    else:
+        context.obj = (settings, access)
 
 
 def _explain(error: ValidationError) -> str:
@@ -78,6 +90,45 @@ def _explain(error: ValidationError) -> str:
         message = fault["msg"].removeprefix("Value error, ")
         faults.append(f"{flag} (or {ENV_PREFIX}{name.upper()}): {message}")
     return "; ".join(faults)
+
+
+@command.command(name="cleanup")
+@click.option("--daemonset", metavar="NAME", help="DaemonSet whose pods put the nodes back.")
+@click.option(
+    "--timeout-seconds",
+    default=200.0,
+    show_default=True,
+    type=click.FloatRange(min=1, max=3600),
+    help="How long to wait for all of them.",
+)
+@click.pass_obj
+def clean_up(
+    chosen: tuple[OperatorSettings, KubeAccess], daemonset: str | None, timeout_seconds: float
+) -> None:
+    """
+    Remove what the operator made, after uninstalling; wait until each node says it is done.
+
+    Exit codes: 0 all is done, 1 the API server refuses, 3 the nodes named were not reached.
+    """
+    settings, access = chosen
+    namespace = settings.namespace or access.namespace or NAMESPACE_DEFAULT
+
+    async def run() -> tuple[Leftover, ...]:
+        async with Kube(access) as kube:
+            cleanup = Cleanup(
+                kube, namespace=namespace, lease_name=settings.lease_name, tell=click.echo
+            )
+            return await cleanup.run(daemonset=daemonset, timeout_seconds=timeout_seconds)
+
+    try:
+        leftovers = asyncio.run(run())
+    except KubeError as error:
+        raise click.ClickException(str(error)) from None
+    for leftover in leftovers:
+        where = f"node '{leftover.node}'" if leftover.node else "nodes"
+        click.echo(f"not cleaned up, {where}: {leftover.why}", err=True)
+    if leftovers:
+        sys.exit(NODES_MISSED)
 
 
 main = _options(command)

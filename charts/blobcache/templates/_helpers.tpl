@@ -87,3 +87,96 @@ localfs-{{ sha256sum . | trunc 16 }}
 {{- end -}}
 {{ $all | uniq | sortAlpha | toJson }}
 {{- end }}
+
+{{/* What `helm test` reads: 120 KiB, several chunks, the same in every rendering. */}}
+{{- define "blobcache.selfTestBlob" -}}
+{{- range $line := until 3000 -}}
+{{ printf "Blobcache's self-test: line %06d of 3000\n" $line }}
+{{- end -}}
+{{- end }}
+
+{{/* Where the agent has it; nothing else is there. */}}
+{{- define "blobcache.selfTestDirectory" -}}
+/usr/share/blobcache/selftest
+{{- end }}
+
+{{/* How an uninstallation ends; takes the weight, the order of creation. */}}
+{{- define "blobcache.cleanupHook" -}}
+helm.sh/hook: post-delete
+helm.sh/hook-weight: {{ . | quote }}
+helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- end }}
+
+{{/* "true" where there is a hook: somebody must give it rights. */}}
+{{- define "blobcache.cleanup" -}}
+{{- if and .Values.cleanup.enabled (or .Values.rbac.create .Values.cleanup.serviceAccountName) -}}
+true
+{{- end -}}
+{{- end }}
+
+{{/* "true" where the hook's rights are made with it. */}}
+{{- define "blobcache.cleanupOwnsRights" -}}
+{{- if and .Values.cleanup.enabled .Values.rbac.create (not .Values.cleanup.serviceAccountName) -}}
+true
+{{- end -}}
+{{- end }}
+
+{{/* "true" where nodes have something to be put back. */}}
+{{- define "blobcache.cleanupNodes" -}}
+{{- if and (include "blobcache.cleanup" .) (or .Values.cleanup.cache .Values.containerdMirror.enabled) -}}
+true
+{{- end -}}
+{{- end }}
+
+{{/* Root without capabilities: what a hostPath needs, and no more. */}}
+{{- define "blobcache.nodeSecurityContext" -}}
+runAsUser: 0
+runAsGroup: 0
+privileged: false
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: ["ALL"]
+{{- end }}
+
+{{/* For containers that do one small thing. */}}
+{{- define "blobcache.smallResources" -}}
+requests:
+  cpu: 10m
+  memory: 64Mi
+limits:
+  memory: 128Mi
+{{- end }}
+
+{{/* Two entries for one registry would be one too many: only one may answer for it. */}}
+{{- define "blobcache.checkMirror" -}}
+{{- if .Values.containerdMirror.enabled -}}
+{{- if not .Values.agent.hostPort.enabled -}}
+{{- fail "containerdMirror needs agent.hostPort.enabled: containerd asks 127.0.0.1:7080 of its node" -}}
+{{- end -}}
+{{- $hosts := list -}}
+{{- range .Values.containerdMirror.configs -}}
+{{- if has .host $hosts -}}
+{{- fail (printf "containerdMirror.configs names the host '%s' twice; one config may answer for it" .host) -}}
+{{- end -}}
+{{- $hosts = append $hosts .host -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* How metrics are fetched; takes {monitor}. Agents' `namespace` is the config's, so it is kept. */}}
+{{- define "blobcache.scrape" -}}
+path: /metrics
+honorLabels: true
+interval: {{ .monitor.interval | quote }}
+relabelings:
+  - sourceLabels: ["__meta_kubernetes_pod_node_name"]
+    targetLabel: node
+  {{- with .monitor.relabelings }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with .monitor.metricRelabelings }}
+metricRelabelings:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
