@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,11 @@ class Scene:
 
 
 @pytest.fixture(name="scene")
-def scene_fixture(control_plane: ControlPlane) -> Scene:
-    """A fresh one."""
-    return Scene(control_plane)
+def scene_fixture(control_plane: ControlPlane) -> Iterator[Scene]:
+    """A fresh one; what of it is the whole cluster's goes again, as Helm would see to it."""
+    yield Scene(control_plane)
+    kinds = "clusterrole,clusterrolebinding"
+    control_plane.kubectl("delete", kinds, "blobcache-cleanup", "--ignore-not-found")
 
 
 def test_what_the_operator_made_goes(scene: Scene) -> None:
