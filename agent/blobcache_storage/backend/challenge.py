@@ -26,6 +26,7 @@ _SCHEME: Final = re.compile(rf"({_WORD})(?=[ \t]*(?:,|$)|[ ]+)")
 _PARAMETER: Final = re.compile(rf"({_WORD})[ \t]*=[ \t]*(?:{_QUOTED}|({_WORD}))(?=[ \t]*(?:,|$))")
 _TOKEN68: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*(?=[ \t]*(?:,|$))")
 _ESCAPE: Final = re.compile(r"\\(.)")
+_HOST_NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?\.?")
 
 SHARED_SUFFIXES: Final = frozenset(
     {
@@ -137,9 +138,12 @@ def is_realm_trusted(registry: URL, realm: URL) -> bool:
     """Whether a registry's credentials may be shown to a realm it names.
 
     Only to the registry's own host and port, or to a name of the same registrable domain; and
-    from https never to http.
+    from https never to http. A name with characters no host name has (an encoded NUL, say) is
+    nobody's: resolvers differ in where they end it.
     """
     if realm.scheme not in ("http", "https") or not realm.host or realm.user is not None:
+        return False
+    if not is_address(realm.host) and _HOST_NAME.fullmatch(realm.host) is None:
         return False
     if registry.scheme == "https" and realm.scheme != "https":
         return False

@@ -120,11 +120,14 @@ def test_anything_at_all_parses_or_is_refused(value: str) -> None:
         ("https://registry.test", "ftp://registry.test/token", False),
         ("https://registry.test", "/token", False),
         ("https://registry.test", "", False),
+        ("https://registry.test", "https://%00.registry.test/token", False),
+        ("https://registry.test", "https://evil.test%2f.registry.test/token", False),
+        ("http://[::1]:5000", "http://[::1]:5000/token", True),
     ],
 )
 def test_trust_in_realms(registry: str, realm: str, trusted: bool) -> None:
     """Credentials go to the registry's own host or domain, and from https only to https."""
-    assert is_realm_trusted(URL(registry), URL(realm)) is trusted
+    assert is_realm_trusted(URL(registry), URL(realm, encoded=True)) is trusted
 
 
 @pytest.mark.parametrize(
